@@ -1,0 +1,1 @@
+"""One folder for each engine; they do not know one another. See flexref.backend for the contract."""

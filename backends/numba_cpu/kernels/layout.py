@@ -1,0 +1,34 @@
+"""Where everything stands in the two int64 tables that drivers and tile functions share.
+
+`P`: one table a call, written by launch.py and read by everybody. Addresses are in bytes, strides in elements;
+four strides (b, h, row, column) follow each of query, key, value, out and their gradients. An `at_` is the place of
+a piece of a worker's scratch memory, in bytes from its start. An address of 0 is a thing that is not there.
+`T`: one table a worker, which tells a tile function where it is: rows `lo` to `hi` of the `scores` tile, (kv, q)
+with `ld` numbers a row, are kv positions `kv0 + row`; its first `n` columns are q positions `q0 + column`.
+"""
+from __future__ import annotations
+
+from collections import namedtuple
+
+TENSORS = ("q", "k", "v", "o", "g", "dq", "dk", "dv")
+SCRATCH = (
+    "tile", "q", "q_t", "o", "o_t", "g", "g_t", "scores", "raw", "grads", "live", "row_max", "row_sum", "shrink",
+    "fresh", "k", "v", "rows",
+)  # fmt: skip
+_PARAMS = (
+    "counter", "errors", "error_load", "error_dim", "error_index", "tasks", "workers", "static", "scale",
+    "batch", "kv_batch", "q_heads", "group", "q_len", "kv_len", "width", "value_width", "q_tile", "kv_tile",
+    "tiles", "splits", "q_block", "kv_block", "rows", "row_step_b", "row_step_h",
+    "offsets", "indices", "full_offsets", "full_indices", "lse", "lse_grad", "max_scores", "scratch", "scratch_size",
+    "partial", "accumulators", "accumulators_size", "mask_tile", "score_tile", "grad_tile", "captured", "floats",
+    "ints",
+)  # fmt: skip
+_PARAMS += tuple("at_" + name for name in SCRATCH)
+_PARAMS += tuple(name + stride for name in TENSORS for stride in ("", "_b", "_h", "_row", "_col"))
+_TILE = (
+    "b", "h", "q0", "n", "kv0", "lo", "hi", "allowed", "ld", "scores", "raw", "grads", "live", "masked", "rows",
+    "accumulators", "error", "error_load", "error_dim", "error_index",
+)  # fmt: skip
+
+P = namedtuple("P", _PARAMS)(*range(len(_PARAMS)))  # type: ignore[call-arg]
+T = namedtuple("T", _TILE)(*range(len(_TILE)))  # type: ignore[call-arg]

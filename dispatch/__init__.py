@@ -1,0 +1,5 @@
+"""From a user's call to the engine that runs it, and why that one."""
+
+from flexref.dispatch.attention import AuxOutput, AuxRequest, explain, flex_attention
+
+__all__ = ["AuxOutput", "AuxRequest", "explain", "flex_attention"]

@@ -1,0 +1,194 @@
+"""The public function: check, trace, choose, attend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexref.arguments import prepare
+from flexref.autograd import attend
+from flexref.backend import find_backends
+from flexref.block_mask import BlockMask
+from flexref.dispatch.choose import Choice, choose, describe, refusal
+from flexref.dispatch.hardware import Hardware, probe
+from flexref.dispatch.options import checked_options, wanted_backend
+from flexref.problem import Problem, Tensors
+from flexref.recent import Recent
+
+_choices = Recent(4096)
+_unavailable = Recent(64)
+
+
+class AuxRequest(NamedTuple):
+    """Which results to return beside the output."""
+
+    lse: bool = False
+    max_scores: bool = False
+
+
+class AuxOutput(NamedTuple):
+    """lse and max_scores, each (B, Hq, L) in the accumulation type, or None where not asked for."""
+
+    lse: Tensor | None = None
+    max_scores: Tensor | None = None
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: dict[str, object] | None = None,
+    *,
+    return_aux: AuxRequest | None = None,
+    mask_mod: Callable | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+):
+    """softmax(score_mod(scale * query @ key.T)) @ value, over the positions that the mask allows.
+
+    Shapes: query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev); float16, bfloat16, float32 or
+    float64, any strides. The result is (B, Hq, L, Ev) in query's dtype; `docs/semantics.md` says what each element is.
+
+    Args:
+        score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score.
+        block_mask: a BlockMask of flexref or of torch; or `mask_mod`: mask_mod(b, h, q_idx, kv_idx) -> bool.
+        scale: the factor of the scores, 1/sqrt(E) by default.
+        enable_gqa: allow fewer key and value heads than query heads.
+        return_lse: also return the natural log-sum-exp (B, Hq, L). `return_aux` asks for lse and max_scores.
+        kernel_options: tuning options of an engine; an unknown one is an error.
+        backend: "auto" (or FLEXREF_BACKEND), or an engine's name, which then runs it or raises.
+        deterministic: the same bits at every call, or Unsupported.
+
+    Raises TypeError, ValueError, IndexError (a captured index out of range), TraceError and Unsupported.
+    Signature and meaning follow torch.nn.attention.flex_attention.
+    """
+    if return_lse and return_aux is not None:
+        raise ValueError("return_lse and return_aux are both given; use return_aux=AuxRequest(lse=True) alone.")
+    lse, max_scores = _wanted_aux(return_aux)
+    problem, tensors, wanted = _prepared(
+        query,
+        key,
+        value,
+        score_mod,
+        block_mask,
+        scale,
+        enable_gqa,
+        kernel_options,
+        mask_mod,
+        backend,
+        deterministic,
+        max_scores,
+    )
+    name = _choice(problem, wanted).name
+    if name is None:
+        raise refusal(problem, _choice(problem, wanted))
+    output = attend(find_backends()[name], problem, tensors)
+    if return_aux is not None:
+        return output.out, AuxOutput(output.lse if lse else None, output.max_scores)
+    return (output.out, output.lse) if return_lse else output.out
+
+
+class Explanation(NamedTuple):
+    """Which engine a call runs on, and why not on the others. Print it."""
+
+    problem: Problem
+    choice: Choice
+    hardware: Hardware
+
+    def __str__(self) -> str:
+        return f"problem  {describe(self.problem)}\nmachine  {self.hardware}\n{self.choice}"
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: dict[str, object] | None = None,
+    *,
+    return_aux: AuxRequest | None = None,
+    mask_mod: Callable | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Explanation:
+    """What flex_attention would do with the same arguments, without doing it. Raises what it would, but Unsupported."""
+    _, max_scores = _wanted_aux(return_aux)
+    problem, _, wanted = _prepared(
+        query,
+        key,
+        value,
+        score_mod,
+        block_mask,
+        scale,
+        enable_gqa,
+        kernel_options,
+        mask_mod,
+        backend,
+        deterministic,
+        max_scores,
+    )
+    return Explanation(problem, _choice(problem, wanted), probe())
+
+
+def _wanted_aux(request) -> tuple[bool, bool]:
+    if request is None:
+        return False, False
+    if not hasattr(request, "lse") or not hasattr(request, "max_scores"):
+        raise TypeError(f"return_aux must be an AuxRequest or None, got {type(request).__name__}.")
+    return bool(request.lse), bool(request.max_scores)
+
+
+def _prepared(
+    query,
+    key,
+    value,
+    score_mod,
+    block_mask,
+    scale,
+    enable_gqa,
+    kernel_options,
+    mask_mod,
+    backend,
+    deterministic,
+    max_scores,
+) -> tuple[Problem, Tensors, str]:
+    wanted = wanted_backend(backend, kernel_options, os.environ)
+    options = checked_options(kernel_options, find_backends()) if kernel_options else None
+    device = query.device.type if isinstance(query, Tensor) else "cpu"
+    arguments = {
+        "mask_mod": mask_mod,
+        "deterministic": deterministic,
+        "need_max_scores": max_scores,
+        "options": options,
+    }
+    if torch.is_autocast_enabled(device):
+        query, key, value = (_autocast(x, device) for x in (query, key, value))
+        with torch.autocast(device, enabled=False):
+            return *prepare(query, key, value, score_mod, block_mask, scale, enable_gqa, **arguments), wanted
+    return *prepare(query, key, value, score_mod, block_mask, scale, enable_gqa, **arguments), wanted
+
+
+def _autocast(x, device: str):
+    """As torch's autocast does: to its dtype, but float64 stays."""
+    castable = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if castable else x
+
+
+def _choice(problem: Problem, wanted: str) -> Choice:
+    def unavailable(backend):
+        return _unavailable.get(backend.name, backend.unavailable)
+
+    return _choices.get((problem, wanted), lambda: choose(problem, find_backends(), wanted, unavailable))

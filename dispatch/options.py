@@ -1,0 +1,50 @@
+"""kernel_options: what a caller may say to an engine. A name that nobody knows is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flexref.backend import Backend
+from flexref.dispatch.choose import nearest
+
+# torch's documented tuning names are accepted so that code can move over; an engine that has no use for one ignores it
+TORCH_NAMES = frozenset(
+    """num_warps num_stages BLOCK_M BLOCK_N BLOCK_M1 BLOCK_N1 BLOCK_M2 BLOCK_N2 PRESCALE_QK ROWS_GUARANTEED_SAFE
+    BLOCKS_ARE_CONTIGUOUS WRITE_DQ FORCE_USE_FLEX_ATTENTION USE_TMA kpack matrix_instr_nonkdim waves_per_eu""".split()
+)
+_BACKENDS = {"AUTO": "auto", "TRITON": "triton", "TRITON_DECODE": "triton"}
+
+
+def checked_options(options: Mapping[str, object] | None, backends: Mapping[str, Backend]) -> dict[str, object]:
+    """The options that some engine knows. Raises TypeError or ValueError that names the option and the nearest known one."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"kernel_options must be a dict or None, got {type(options).__name__}.")
+    ours = {name for backend in backends.values() for name in backend.options}
+    kept = {}
+    for name, value in options.items():
+        bare = str(name).removeprefix("fwd_").removeprefix("bwd_")
+        if name in ours:
+            kept[name] = value
+        elif bare not in TORCH_NAMES and name != "BACKEND":
+            known = sorted([*ours, *TORCH_NAMES, "BACKEND"])
+            raise ValueError(
+                f"kernel_options has the unknown option {name!r}{nearest(str(name), known)}; known: {', '.join(known)}."
+            )
+    return kept
+
+
+def wanted_backend(backend: str, options: Mapping[str, object] | None, environment: Mapping[str, str]) -> str:
+    """The backend asked for: the argument, else torch's BACKEND option, else FLEXREF_BACKEND, else "auto"."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}.")
+    if backend != "auto":
+        return backend
+    if options and "BACKEND" in options:
+        named = str(options["BACKEND"])
+        if named not in _BACKENDS:
+            raise ValueError(f"kernel_options BACKEND={named!r} is not available here; known: {', '.join(_BACKENDS)}.")
+        if _BACKENDS[named] != "auto":
+            return _BACKENDS[named]
+    return environment.get("FLEXREF_BACKEND", "") or "auto"

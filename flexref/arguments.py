@@ -1,0 +1,211 @@
+"""What a user passes, checked once, becomes Problem and Tensors."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexref.block_mask import BlockMask, create_block_mask, noop_mask
+from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
+from flexref.program.mods import Mod, shifted, traced_mod
+from flexref.recent import Recent
+
+_masks = Recent(32)
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    mask_mod: Callable | None = None,
+    deterministic: bool = False,
+    need_max_scores: bool = False,
+    options: dict[str, object] | None = None,
+) -> tuple[Problem, Tensors]:
+    """Check query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev) and the mods; trace the mods.
+
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or value, TraceError for a mod.
+    """
+    _check_tensors(query, key, value)
+    _check_shapes(query, key, value, enable_gqa)
+    scale = _checked_scale(scale, query.shape[3])
+    acc_dtype = ACC_DTYPE[query.dtype]
+    if block_mask is not None and mask_mod is not None:
+        raise ValueError(
+            "mask_mod and block_mask are both given; a block_mask has a mask_mod of its own: pass one of the two."
+        )
+    score = None if score_mod is None else traced_mod(score_mod, "score", acc_dtype)
+    if mask_mod is not None:
+        block_mask, mask = _masked(mask_mod, query, key, acc_dtype)
+    else:
+        block_mask = _own_mask(block_mask)
+        mask_mod = None if block_mask is None or block_mask.mask_mod is noop_mask else block_mask.mask_mod
+        mask = None if mask_mod is None else traced_mod(mask_mod, "mask", acc_dtype)
+    if block_mask is not None:
+        _check_block_mask(block_mask, query, key)
+    captures, captured, scalars = _merged(score, mask, query.device)
+    grad = torch.is_grad_enabled()
+    problem = Problem(
+        batch=query.shape[0],
+        kv_batch=key.shape[0],
+        q_heads=query.shape[1],
+        kv_heads=key.shape[1],
+        q_len=query.shape[2],
+        kv_len=key.shape[2],
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        dtype=query.dtype,
+        key_dtype=key.dtype,
+        value_dtype=value.dtype,
+        device=query.device.type,
+        score=None if score is None else score.graph,
+        mask=None if mask is None else shifted(mask.graph, *_sizes(score)),
+        captures=captures,
+        block_size=None if block_mask is None else block_mask.BLOCK_SIZE,
+        needs_grad=(grad and query.requires_grad, grad and key.requires_grad, grad and value.requires_grad),
+        need_max_scores=need_max_scores,
+        deterministic=bool(deterministic),
+        options=tuple(sorted(options.items())) if options else (),
+    )
+    return problem, Tensors(query, key, value, scale, block_mask, captured, scalars, score_mod, mask_mod)
+
+
+def _sizes(score: Mod | None) -> tuple[int, int]:
+    return (0, 0) if score is None else (len(score.captured), len(score.scalars))
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+        if x.layout != torch.strided or x.is_nested:
+            raise TypeError(
+                f"{name} must be a dense tensor, got layout {x.layout}; pad it, and mask the padding with a mask_mod."
+            )
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, length, head_dim), got shape {tuple(x.shape)}."
+            )
+        if x.dtype not in ACC_DTYPE:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert it with .to()."
+            )
+        if x.device != query.device:
+            raise ValueError(
+                f"{name} is on {x.device} but query is on {query.device}; move it with .to({str(query.device)!r})."
+            )
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype and x.dtype.itemsize >= query.dtype.itemsize:
+            raise TypeError(
+                f"{name} is {x.dtype} but query is {query.dtype}; {name} must have query's dtype or a lower precision."
+            )
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    batch, q_heads, _, head_dim = query.shape
+    kv_batch, kv_heads, kv_len, key_dim = key.shape
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"key and value must agree in batch, heads and length, got key {tuple(key.shape)} and value {tuple(value.shape)}."
+        )
+    if key_dim != head_dim:
+        raise ValueError(f"query and key must have the same head_dim, got query {head_dim} and key {key_dim}.")
+    if head_dim < 1 or value.shape[3] < 1:
+        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)} and value {tuple(value.shape)}.")
+    if kv_batch != batch and kv_batch != 1:
+        raise ValueError(f"key and value must have query's batch {batch}, or 1, got {kv_batch}.")
+    if q_heads < 1 or kv_heads < 1:
+        raise ValueError(f"there must be at least one head, got query {q_heads} and key {kv_heads}.")
+    if q_heads != kv_heads and not enable_gqa:
+        raise ValueError(
+            f"query has {q_heads} heads but key and value have {kv_heads}; pass enable_gqa=True for grouped-query attention."
+        )
+    if q_heads % kv_heads:
+        raise ValueError(f"query's heads must be a multiple of key's and value's, got {q_heads} and {kv_heads}.")
+
+
+def _checked_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(
+            f"scale must be a number or None, got {type(scale).__name__}; for a tensor pass scale=float(x)."
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}.")
+    return float(scale)
+
+
+def _own_mask(block_mask) -> BlockMask | None:
+    """A BlockMask of ours; torch's own is taken over."""
+    if block_mask is None or isinstance(block_mask, BlockMask):
+        return block_mask
+    if type(block_mask).__name__ == "BlockMask" and type(block_mask).__module__.startswith("torch."):
+        return BlockMask.from_torch(block_mask)
+    hint = "pass a function as mask_mod=" if callable(block_mask) else "make one with flexref.create_block_mask"
+    raise TypeError(f"block_mask must be a BlockMask or None, got {type(block_mask).__name__}; {hint}.")
+
+
+def _check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if tuple(block_mask.seq_lengths) != (q_len, kv_len):
+        raise ValueError(
+            f"block_mask is for lengths (query, key) {tuple(block_mask.seq_lengths)}, but query and key have {(q_len, kv_len)}; "
+            f"make it with Q_LEN={q_len}, KV_LEN={kv_len}, or use block_mask.resize({q_len}, {kv_len})."
+        )
+    for name, have, want in (("B", block_mask.B, query.shape[0]), ("H", block_mask.H, query.shape[1])):
+        if have not in (1, want):
+            what = "batch" if name == "B" else "number of query heads"
+            raise ValueError(f"block_mask has {name}={have}; it must be 1 or query's {what} {want}.")
+    if torch.device(block_mask.device).type != query.device.type:
+        raise ValueError(
+            f"block_mask is on {block_mask.device} but query is on {query.device}; use block_mask.to({str(query.device)!r})."
+        )
+
+
+def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dtype) -> tuple[BlockMask, Mod]:
+    """The BlockMask of a bare mask_mod, kept as long as neither the mod nor the contents of its captures change."""
+    mask = traced_mod(mask_mod, "mask", acc_dtype)
+    sizes = (
+        query.shape[0] if mask.graph.uses("b") else 1,
+        query.shape[1] if mask.graph.uses("h") else 1,
+        query.shape[2],
+        key.shape[2],
+    )
+
+    def build() -> BlockMask:
+        with torch.no_grad():
+            return create_block_mask(mask_mod, *sizes, device=query.device)
+
+    if mask.key is None or any(t.is_inference() for t in mask.captured):
+        return build(), mask
+    versions = tuple((id(t), t._version, t.data_ptr()) for t in mask.captured)
+    block_mask = _masks.get((mask.key, versions, sizes, query.device), build, keep_alive=mask.captured)
+    return block_mask, mask
+
+
+def _merged(score: Mod | None, mask: Mod | None, device: torch.device):
+    """The captures of both mods, score's first; only score's get gradients (R12)."""
+    captures, captured, scalars = [], [], []
+    for mod in (score, mask):
+        if mod is None:
+            continue
+        for name, tensor in zip(mod.names, mod.captured, strict=True):
+            if tensor.device != device and tensor.dim() > 0:
+                raise ValueError(
+                    f"the captured tensor {name} is on {tensor.device} but query is on {device}; move it with .to()."
+                )
+            needs_grad = mod is score and tensor.requires_grad and torch.is_grad_enabled()
+            captures.append(Capture(name, tensor.dtype, tuple(tensor.shape), needs_grad))
+            captured.append(tensor)
+        scalars += mod.scalars
+    return tuple(captures), tuple(captured), tuple(scalars)

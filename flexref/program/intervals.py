@@ -1,0 +1,251 @@
+"""What is known of a program without running it at every position: interval arithmetic over its nodes.
+
+An interval is a pair of float64 tensors (low, high), elementwise over whatever is asked about at once, such as all pairs
+of blocks; a bool is 0 or 1. Anything not understood is the widest interval, so every answer is safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexref.program.ir import Graph, Node
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+_INF = float("inf")
+# a float comparison is only trusted if it holds by more than what rounding in float32 can change
+_MARGIN = 1e-4
+
+
+class Interval(NamedTuple):
+    low: Tensor
+    high: Tensor
+
+
+def interval(low: float | Tensor, high: float | Tensor | None = None) -> Interval:
+    """From numbers or tensors; one number is a point."""
+    low = torch.as_tensor(low, dtype=torch.float64)
+    return Interval(low, low if high is None else torch.as_tensor(high, dtype=torch.float64))
+
+
+_WIDEST = {"bool": interval(0.0, 1.0), "int": interval(-_INF, _INF), "float": interval(-_INF, _INF)}
+
+
+def evaluate_intervals(
+    graph: Graph,
+    inputs: Mapping[str, Interval],
+    load: Callable[[Node, list[Interval]], Interval],
+    scalars: Sequence[int | float],
+) -> list[Interval]:
+    """The interval of every node."""
+    values: list[Interval] = []
+    for node in graph.nodes:
+        args = [values[a] for a in node.args]
+        if node.op == "input":
+            values.append(inputs.get(str(node.attr), _WIDEST[node.type]))
+        elif node.op == "const":
+            values.append(interval(float(node.attr)))  # type: ignore[arg-type]
+        elif node.op == "scalar":
+            values.append(interval(float(scalars[int(node.attr)])))  # type: ignore[arg-type]
+        elif node.op == "load":
+            values.append(load(node, args))
+        elif node.op in _COMPARE:
+            exact = all(graph.nodes[a].type != "float" for a in node.args)
+            values.append(_compare(node.op, *args, margin=0.0 if exact else _MARGIN))
+        elif node.op in _RULES:
+            values.append(_known(_RULES[node.op](*args)))
+        else:
+            values.append(_WIDEST[node.type])
+    return values
+
+
+def classify_blocks(
+    graph: Graph,
+    captured: Sequence[Tensor],
+    scalars: Sequence[int | float],
+    b: int,
+    h: int,
+    q_ranges: Tensor,
+    kv_ranges: Tensor,
+) -> Tensor:
+    """For each pair of blocks EMPTY, FULL or PARTIAL (not known): int8 (q blocks, kv blocks), for one b and h.
+
+    `q_ranges`, `kv_ranges`: int64 (blocks, 2), the first and the last index of each block.
+    """
+    tables: dict = {}
+    inputs = {
+        "b": interval(b),
+        "h": interval(h),
+        "q_idx": interval(q_ranges[:, 0, None], q_ranges[:, 1, None]),
+        "kv_idx": interval(kv_ranges[None, :, 0], kv_ranges[None, :, 1]),
+    }
+
+    def load(node: Node, indices: list[Interval]) -> Interval:
+        return _load_range(captured[int(node.attr)], indices, tables, node)  # type: ignore[arg-type]
+
+    out = evaluate_intervals(graph, inputs, load, scalars)[dict(graph.outputs)["out"]]
+    low = out.low.expand(len(q_ranges), len(kv_ranges))
+    high = out.high.expand(len(q_ranges), len(kv_ranges))
+    kind = torch.full(low.shape, PARTIAL, dtype=torch.int8)
+    kind[high < 1] = EMPTY
+    kind[low > 0] = FULL
+    return kind
+
+
+def index_ranges(
+    graph: Graph, extents: Mapping[str, int], scalars: Sequence[int | float] = ()
+) -> dict[int, list[tuple[float, float]]]:
+    """For each load, the lowest and highest value of each of its indices, when every input is in [0, extent).
+
+    What a captured tensor holds is not looked at, so an index read from one is (-inf, inf).
+    """
+    found: dict[int, list[tuple[float, float]]] = {}
+    inputs = {name: interval(0.0, max(extent - 1.0, 0.0)) for name, extent in extents.items()}
+    nodes = {id(node): i for i, node in enumerate(graph.nodes)}
+
+    def load(node: Node, indices: list[Interval]) -> Interval:
+        found[nodes[id(node)]] = [(float(i.low), float(i.high)) for i in indices]
+        return _WIDEST[node.type]
+
+    evaluate_intervals(graph, inputs, load, scalars)
+    return found
+
+
+def _known(x: Interval) -> Interval:
+    """NaN, as from inf - inf, means not known."""
+    low = torch.where(x.low.isnan(), -_INF, x.low)
+    return Interval(low, torch.where(x.high.isnan(), _INF, x.high))
+
+
+def _compare(op: str, a: Interval, b: Interval, margin: float) -> Interval:
+    gap = 0.0
+    if margin:
+        ends = [x.abs().nan_to_num(posinf=0.0) for x in (*a, *b)]
+        gap = margin * (ends[0] + ends[1] + ends[2] + ends[3])
+    if op in ("gt", "ge"):
+        a, b, op = b, a, {"gt": "lt", "ge": "le"}[op]
+    if op in ("lt", "le"):
+        always = (a.high + gap < b.low) if op == "lt" or margin else (a.high <= b.low)
+        never = (a.low >= b.high + gap) if op == "lt" and not margin else (a.low > b.high + gap)
+        return Interval(always.double(), (~never).double())
+    point = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
+    apart = (a.high + gap < b.low) | (b.high + gap < a.low)
+    same = Interval((point if not margin else torch.zeros_like(point)).double(), (~apart).double())
+    return same if op == "eq" else Interval(1 - same.high, 1 - same.low)
+
+
+def _mul(a: Interval, b: Interval) -> Interval:
+    products = torch.stack(torch.broadcast_tensors(a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high))
+    return Interval(products.amin(0), products.amax(0))
+
+
+def _divided(a: Interval, b: Interval, rounded: Callable[[Tensor], Tensor]) -> Interval:
+    """By a positive divisor, which keeps the order; else not known."""
+    ends = [rounded(x / y) for x in a for y in b]
+    ends = torch.stack(torch.broadcast_tensors(*ends))
+    positive = b.low > 0
+    return Interval(torch.where(positive, ends.amin(0), -_INF), torch.where(positive, ends.amax(0), _INF))
+
+
+def _remainder(a: Interval, b: Interval) -> Interval:
+    point = (b.low == b.high) & (b.low > 0)
+    turn = torch.floor(a.low / b.low)
+    same_turn = point & (turn == torch.floor(a.high / b.low))
+    low = torch.where(same_turn, a.low - turn * b.low, torch.where(b.low > 0, 0.0, -_INF))
+    high = torch.where(same_turn, a.high - turn * b.low, torch.where(b.low > 0, b.high, _INF))
+    return Interval(low, high)
+
+
+def _abs(a: Interval) -> Interval:
+    low = torch.where((a.low <= 0) & (a.high >= 0), 0.0, torch.minimum(a.low.abs(), a.high.abs()))
+    return Interval(low, torch.maximum(a.low.abs(), a.high.abs()))
+
+
+def _where(c: Interval, a: Interval, b: Interval) -> Interval:
+    low = torch.where(c.low > 0, a.low, torch.where(c.high < 1, b.low, torch.minimum(a.low, b.low)))
+    high = torch.where(c.low > 0, a.high, torch.where(c.high < 1, b.high, torch.maximum(a.high, b.high)))
+    return Interval(low, high)
+
+
+def _xor(a: Interval, b: Interval) -> Interval:
+    known = (a.low == a.high) & (b.low == b.high)
+    value = (a.low != b.low).double()
+    return Interval(torch.where(known, value, 0.0), torch.where(known, value, 1.0))
+
+
+_COMPARE = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
+_RULES: dict[str, Callable[..., Interval]] = {
+    "add": lambda a, b: Interval(a.low + b.low, a.high + b.high),
+    "sub": lambda a, b: Interval(a.low - b.high, a.high - b.low),
+    "mul": _mul,
+    "neg": lambda a: Interval(-a.high, -a.low),
+    "abs": _abs,
+    "minimum": lambda a, b: Interval(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high)),
+    "maximum": lambda a, b: Interval(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high)),
+    "floor_div": lambda a, b: _divided(a, b, torch.floor),
+    "trunc_div": lambda a, b: _divided(a, b, torch.trunc),
+    "div": lambda a, b: _divided(a, b, lambda x: x),
+    "remainder": _remainder,
+    "and": lambda a, b: Interval(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high)),
+    "or": lambda a, b: Interval(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high)),
+    "xor": _xor,
+    "not": lambda a: Interval(1 - a.high, 1 - a.low),
+    "where": _where,
+    "int_to_float": lambda a: a,
+    "bool_to_int": lambda a: a,
+    "float_to_int": lambda a: Interval(a.low.trunc(), a.high.trunc()),
+    "floor": lambda a: Interval(a.low.floor(), a.high.floor()),
+    "ceil": lambda a: Interval(a.low.ceil(), a.high.ceil()),
+}
+
+
+def _load_range(tensor: Tensor, indices: list[Interval], tables: dict, node: Node) -> Interval:
+    """The smallest and largest element that a load can read: exact if only one index is not a point."""
+    if tensor.dtype.is_complex:
+        return _WIDEST[node.type]
+    free = [i for i, x in enumerate(indices) if x.low.numel() > 1 or bool((x.low != x.high).any())]
+    row = tensor.detach().cpu()
+    if len(free) > 1 or not all(_within(x, n) for x, n in zip(indices, row.shape, strict=True)):
+        return _WIDEST[node.type]
+    for i in reversed(range(len(indices))):
+        if i not in free:
+            row = row.select(i, int(indices[i].low))
+    if not free:
+        return interval(row.double())
+    key = (node.attr, *(None if i in free else int(x.low) for i, x in enumerate(indices)))
+    if key not in tables:
+        tables[key] = _RangeTable(row.double())
+    return tables[key].range(indices[free[0]])
+
+
+def _within(x: Interval, size: int) -> bool:
+    return bool((x.low >= 0).all()) and bool((x.high < size).all())
+
+
+class _RangeTable:
+    """Minimum and maximum of any range of a row in constant time: rows of powers of two."""
+
+    def __init__(self, row: Tensor):
+        self.lows, self.highs = [row], [row]
+        width = 1
+        while 2 * width <= len(row):
+            self.lows.append(torch.minimum(self.lows[-1][:-width], self.lows[-1][width:]))
+            self.highs.append(torch.maximum(self.highs[-1][:-width], self.highs[-1][width:]))
+            width *= 2
+
+    def range(self, index: Interval) -> Interval:
+        first, last = index.low.long(), index.high.long()
+        level = (last - first + 1).double().log2().floor().long()
+        low, high = (
+            torch.empty(first.shape, dtype=torch.float64),
+            torch.empty(first.shape, dtype=torch.float64),
+        )
+        for i in level.unique().tolist():
+            at = level == i
+            left, right = first[at], last[at] - (1 << i) + 1
+            low[at] = torch.minimum(self.lows[i][left], self.lows[i][right])
+            high[at] = torch.maximum(self.highs[i][left], self.highs[i][right])
+        return Interval(low, high)

@@ -1,0 +1,246 @@
+"""What can be wrong with a mod, in words: what it did, its file and line, the rule, and what to write instead."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexref.errors import TraceError
+
+METADATA = frozenset(
+    """size dim numel stride ndimension nelement __len__ is_floating_point is_complex storage_offset is_contiguous
+    element_size get_device""".split()
+)
+_DECISIONS = frozenset(
+    """__bool__ __int__ __float__ __index__ __complex__ item tolist numpy __array__ __contains__ nonzero""".split()
+)
+_RANDOM = frozenset(
+    """rand rand_like randn randn_like randint randint_like bernoulli dropout normal multinomial poisson
+    feature_dropout alpha_dropout""".split()
+)
+_REDUCTIONS = frozenset(
+    """sum mean prod amax amin aminmax argmax argmin softmax log_softmax cumsum cumprod sort topk any all logsumexp
+    norm var std median mode cummax cummin kthvalue nansum nanmean unique argsort""".split()
+)
+_OURS = os.path.dirname(os.path.abspath(__file__))
+_TORCH = os.path.dirname(os.path.abspath(str(torch.__file__)))
+_RULES = {
+    "decision": "a mod is traced once for all positions, so Python cannot branch on or convert a traced value",
+    "reduction": "a mod sees one score at a time, so it cannot reduce over rows or columns",
+    "random": "a mod must give the same value each time it is evaluated, so it cannot draw random numbers",
+    "mutation": "a mod is a pure function, so it cannot change a tensor in place",
+}
+
+
+def refuse(fn: Callable, kind: str, name: str, args: tuple) -> None:
+    """Raise TraceError if this call, seen while the mod runs, breaks a rule."""
+    if name in _DECISIONS:
+        instead = (
+            "write torch.where(condition, a, b) for `if`, `&` `|` `~` for `and` `or` `not`, "
+            "torch.maximum / torch.minimum for max / min"
+        )
+        raise _broken(fn, kind, "decision", f"calls {_spoken(name)} on a traced value", instead)
+    extreme = name in ("max", "min") and len(args) == 1
+    if name in _REDUCTIONS or extreme:
+        raise _broken(
+            fn,
+            kind,
+            "reduction",
+            f"calls {name}()",
+            "compute it before the call and capture the result as a tensor",
+        )
+    if name in _RANDOM:
+        raise _broken(
+            fn,
+            kind,
+            "random",
+            f"calls {name}()",
+            "draw the numbers before the call and capture them as a tensor",
+        )
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or name == "__setitem__" or (name.startswith("__i") and name[3:] in _IN_PLACE):
+        raise _broken(
+            fn,
+            kind,
+            "mutation",
+            f"calls {_spoken(name)}",
+            "write `x = x + y` for `x += y`, and return a new value",
+        )
+
+
+_IN_PLACE = frozenset(
+    """add__ sub__ mul__ truediv__ div__ floordiv__ mod__ pow__ and__ or__ xor__ lshift__ rshift__""".split()
+)
+
+
+def _spoken(name: str) -> str:
+    return {
+        "__bool__": "bool() (`if`, `and`, `or`, `not`, max, min)",
+        "__int__": "int()",
+        "__float__": "float()",
+        "__index__": "range() or list indexing",
+    }.get(name, f"{name}()" if not name.startswith("__") else name)
+
+
+def _broken(fn: Callable, kind: str, rule: str, what: str, instead: str) -> TraceError:
+    return TraceError(f"{kind}_mod {label(fn)} {what}, at {user_line(fn)}. Rule: {_RULES[rule]}. Instead: {instead}.")
+
+
+def wrong_arity(fn: Callable, kind: str, names: tuple[str, ...]) -> TraceError:
+    try:
+        got = f"{label(fn)}{inspect.signature(fn)}"
+    except (TypeError, ValueError):
+        got = label(fn)
+    hint = {
+        "score": "a function of (b, h, q_idx, kv_idx) is a mask: pass it as mask_mod= or through create_block_mask",
+        "mask": "a function of (score, b, h, q_idx, kv_idx) is a score_mod: pass it as score_mod=",
+    }[kind]
+    return TraceError(
+        f"{kind}_mod must take {len(names)} arguments ({', '.join(names)}), got {got}, at {definition(fn)}; {hint}."
+    )
+
+
+def wrong_result(fn: Callable, kind: str, result) -> TraceError:
+    got = f"a tensor of shape {tuple(result.shape)} and {result.dtype}" if isinstance(result, Tensor) else f"{result!r}"
+    wanted = {"score": "a number or a 0-d float or int tensor", "mask": "a bool or a 0-d bool tensor"}[kind]
+    instead = {"score": "return the changed score", "mask": "return a comparison, such as q_idx >= kv_idx"}[kind]
+    return TraceError(f"{kind}_mod {label(fn)} must return {wanted}, got {got}, at {definition(fn)}; {instead}.")
+
+
+def partial(part) -> TraceError:
+    fn, kind = part.recorder.fn, part.recorder.kind
+    name, rank, given = name_of(part.tensor, fn), part.tensor.dim(), len(part.items)
+    indices = ", ".join(["h", "q_idx", "kv_idx", "b", "0", "0", "0", "0"][:rank])
+    return TraceError(
+        f"{kind}_mod {label(fn)} uses the captured tensor {name} of shape {tuple(part.tensor.shape)} with {given} of its {rank} "
+        f"indices, at {user_line(fn)}. Rule: a mod sees one position at a time, so a captured tensor is read one element at "
+        f"a time. Instead: index every dimension, such as {name}[{indices}], "
+        "and do other work on it before the call."
+    )
+
+
+def check_index(fn: Callable, kind: str, tensor: Tensor, items: tuple[Any, ...], name: str) -> None:
+    """Raise TraceError for an index that does not pick one element: a slice, None, a float, a bool, too many."""
+    for item in items:
+        if isinstance(item, Tensor):
+            integer = item.dim() == 0 and not item.dtype.is_floating_point and item.dtype != torch.bool
+        else:
+            integer = isinstance(item, int) and not isinstance(item, bool)
+        if not integer:
+            shown = f"{item.dtype} tensor of shape {tuple(item.shape)}" if isinstance(item, Tensor) else repr(item)
+            raise TraceError(
+                f"{kind}_mod {label(fn)} indexes the captured tensor {name} with {shown}, at {user_line(fn)}. Rule: an index is "
+                "one integer. Instead: use b, h, q_idx, kv_idx, integers, or integer arithmetic on them (`//`, not `/`)."
+            )
+    if len(items) > tensor.dim():
+        raise TraceError(
+            f"{kind}_mod {label(fn)} indexes the captured tensor {name} of shape {tuple(tensor.shape)} with "
+            f"{len(items)} indices, at {user_line(fn)}; it has {tensor.dim()} dimensions."
+        )
+
+
+def check_captured(fn: Callable, kind: str, tensor: Tensor, name: str) -> None:
+    """Raise TraceError for a captured tensor whose dtype or layout no program can read."""
+    if tensor.dtype.is_complex or tensor.is_quantized or tensor.layout != torch.strided:
+        raise TraceError(
+            f"{kind}_mod {label(fn)} reads the captured tensor {name} of {tensor.dtype} and {tensor.layout}, at "
+            f"{user_line(fn)}; capture a dense tensor of a real, integer or bool dtype instead."
+        )
+
+
+def not_pointwise(fn: Callable, kind: str, mistake) -> TraceError:
+    why = f": {mistake.why}" if mistake.why else ""
+    return TraceError(
+        f"{kind}_mod {label(fn)} uses the operator {mistake.operator}{why}, at {definition(fn)}. Rule: a mod is pointwise: "
+        "arithmetic, comparisons, torch.where and elementary functions of one score and its indices. Instead: compute the "
+        "value before the call and capture it as a tensor."
+    )
+
+
+def failed(fn: Callable, kind: str, error: Exception) -> TraceError:
+    lines = [f for f in _trace_lines(error)]
+    at = lines[-1] if lines else definition(fn)
+    return TraceError(
+        f"{kind}_mod {label(fn)} failed while it was traced, at {at}: {type(error).__name__}: "
+        f"{str(error).splitlines()[0] if str(error) else ''}. Rule: {_RULES['decision']}. "
+        "Instead: use only torch functions on one score and its indices."
+    )
+
+
+def _trace_lines(error: Exception) -> list[str]:
+    lines, frame = [], error.__traceback__
+    while frame is not None:
+        path = frame.tb_frame.f_code.co_filename
+        if _is_users(path):
+            lines.append(_place(path, frame.tb_lineno))
+        frame = frame.tb_next
+    return lines
+
+
+def label(fn: Callable) -> str:
+    """The name that a user gave the mod."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return f"`{getattr(fn, '__name__', type(fn).__name__)}`"
+
+
+def definition(fn: Callable) -> str:
+    """file:line of the mod's definition."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    code = getattr(fn, "__code__", None) or getattr(vars(type(fn)).get("__call__"), "__code__", None)
+    return _place(code.co_filename, code.co_firstlineno) if code else "an unknown place"
+
+
+def user_line(fn: Callable) -> str:
+    """file:line, and the text, of the user's statement that is running now."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _is_users(frame.f_code.co_filename):
+            return _place(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
+    return definition(fn)
+
+
+def _is_users(path: str) -> bool:
+    return not (path.startswith((_OURS, _TORCH)) or path.startswith("<frozen"))
+
+
+def _place(path: str, line: int) -> str:
+    text = linecache.getline(path, line).strip()
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return f"{path}:{line}" + (f" `{text}`" if text else "")
+
+
+def name_of(tensor: Tensor, fn: Callable) -> str:
+    """The variable that holds `tensor`, in the statement that is running or in the mod's closure."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _is_users(frame.f_code.co_filename):
+            for name, value in [*frame.f_locals.items(), *frame.f_globals.items()]:
+                if value is tensor:
+                    return name
+                inner = _held_name(value, tensor) if name == "self" else None
+                if inner:
+                    return f"self.{inner}"
+            break
+        frame = frame.f_back
+    return "captured tensor"
+
+
+def _held_name(holder: object, tensor: Tensor) -> str | None:
+    """The attribute of an object, or the parameter or buffer of a module, that is `tensor`."""
+    state = getattr(holder, "__dict__", {})
+    for held in (state, state.get("_parameters"), state.get("_buffers")):
+        for name, value in (held or {}).items():
+            if value is tensor:
+                return name
+    return None

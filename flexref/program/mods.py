@@ -1,0 +1,78 @@
+"""Mods at the door: traced once for each thing that tracing could see, merged into programs that share their captures."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexref.program.closure import Leaves, leaves_of
+from flexref.program.ir import Graph, Node
+from flexref.program.trace import Traced, trace
+
+_LIMIT = 512
+_traced: OrderedDict[tuple, tuple[Traced, tuple[int, ...]]] = OrderedDict()
+_lock = threading.Lock()
+
+
+class Mod(NamedTuple):
+    """A traced mod with the tensors that it captures now, and what identifies it."""
+
+    graph: Graph
+    captured: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    scalars: tuple[int | float, ...]
+    key: tuple | None
+
+
+def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
+    """The program of `fn`, from the cache when nothing that it captures has another shape, dtype or value of a number.
+
+    Raises TraceError. Safe to call from several threads.
+    """
+    leaves = leaves_of(fn)
+    if not leaves.cacheable:
+        return Mod(*trace(fn, kind, acc_dtype, leaves), None)
+    key = (kind, acc_dtype, leaves.key)
+    with _lock:
+        known = _traced.get(key)
+        if known is not None:
+            _traced.move_to_end(key)
+    if known is None:
+        known = _trace_and_locate(fn, kind, acc_dtype, leaves)
+        if known[1] is None:
+            return Mod(*known[0], None)
+        with _lock:
+            _traced[key] = known
+            if len(_traced) > _LIMIT:
+                _traced.popitem(last=False)
+    traced, places = known
+    return Mod(traced.graph, tuple([leaves.tensors[i] for i in places]), traced.names, traced.scalars, key)
+
+
+def _trace_and_locate(fn: Callable, kind: str, acc_dtype: torch.dtype, leaves: Leaves):
+    """Where among the leaves each captured tensor is; None if one is not there, so that the trace cannot be kept."""
+    traced = trace(fn, kind, acc_dtype, leaves)
+    places = []
+    for tensor in traced.captured:
+        place = next((i for i, leaf in enumerate(leaves.tensors) if leaf is tensor), None)
+        if place is None:
+            return traced, None
+        places.append(place)
+    return traced._replace(captured=()), tuple(places)
+
+
+@lru_cache(maxsize=1024)
+def shifted(graph: Graph, buffers: int, slots: int) -> Graph:
+    """`graph` with its loads and scalars moved up, so that it can share captures with another program."""
+    by = {"load": buffers, "scalar": slots}
+    nodes = [
+        Node(n.op, n.args, n.type, n.attr + by[n.op], n.where) if n.op in by else n  # type: ignore[operator]
+        for n in graph.nodes
+    ]
+    return Graph(tuple(nodes), graph.outputs)

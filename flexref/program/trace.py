@@ -1,0 +1,215 @@
+"""A user's score_mod or mask_mod, called once, becomes a Graph.
+
+The function runs on fake 0-d tensors: `if q_idx > kv_idx` raises instead of taking one branch for all. Reading
+`captured[h, q_idx]` is intercepted and becomes a load; a captured 0-d tensor is a load without an index.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from flexref.errors import TraceError
+from flexref.program import mistakes
+from flexref.program.builder import Builder, Ref, type_of
+from flexref.program.closure import Leaves
+from flexref.program.interpret import dtype_of
+from flexref.program.ir import INDICES, Graph
+from flexref.program.tape import NotPointwise, Value, flatten, map_leaves, plain_call, returned
+
+SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
+
+
+class Traced(NamedTuple):
+    """A program, the captured tensors its loads name by position, and the captured numbers its scalars name."""
+
+    graph: Graph
+    captured: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    scalars: tuple[int | float, ...]
+
+
+def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leaves: Leaves | None = None) -> Traced:
+    """The program of a mod; `kind` is "score" or "mask".
+
+    Raises TraceError, with the mod's file and line, for what cannot become a pointwise program.
+    `leaves`: the Python numbers that the mod captures; constants equal to them become run-time scalars.
+    """
+    check_arity(fn, kind)
+    recorder = _Recorder(fn, kind, acc_dtype)
+    builder = recorder.builder
+    # the mod must not be recorded under the caller's autocast or inference settings
+    with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
+        try:
+            result = recorder.call()
+            out = returned(builder, result, "float" if kind == "score" else "bool")
+        except NotPointwise as mistake:
+            raise mistakes.not_pointwise(fn, kind, mistake) from None
+        except TraceError:
+            raise
+        except Exception as error:
+            raise mistakes.failed(fn, kind, error) from error
+    graph, scalars = lift(builder.graph({"out": out}), leaves.numbers if leaves else ())
+    return Traced(graph, tuple(recorder.captured), tuple(recorder.names), scalars)
+
+
+def check_arity(fn: Callable, kind: str) -> None:
+    """Raise TraceError unless `fn` can be called with the arguments of its kind."""
+    if not callable(fn):
+        raise TraceError(f"{kind}_mod must be a function, got {type(fn).__name__}")
+    try:
+        inspect.signature(fn).bind(*SIGNATURES[kind])
+    except TypeError:
+        raise mistakes.wrong_arity(fn, kind, SIGNATURES[kind]) from None
+    except ValueError:
+        return
+
+
+# a divisor that is known when the kernel is compiled is much faster, so it stays a constant
+_STAYS_CONSTANT = {"floor_div", "trunc_div", "remainder", "fmod", "pow", "shift_left", "shift_right"}
+
+
+def lift(graph: Graph, numbers: tuple[int | float, ...]) -> tuple[Graph, tuple[int | float, ...]]:
+    """Constants that are captured numbers become scalars, so that another value needs no other kernel."""
+    if not numbers:
+        return graph, ()
+    pinned = {n.args[1] for n in graph.nodes if n.op in _STAYS_CONSTANT}
+    builder, places, slots = Builder(), [], []
+    for i, node in enumerate(graph.nodes):
+        number = node.op == "const" and node.type != "bool" and i not in pinned
+        if number and any(type(x) is not bool and x == node.attr for x in numbers):
+            places.append(builder.node("scalar", (), node.type, len(slots)))
+            slots.append(node.attr)
+        else:
+            args = tuple(places[a] for a in node.args)
+            places.append(builder.node(node.op, args, node.type, node.attr, node.where))
+    return builder.graph({name: places[ref] for name, ref in graph.outputs}), tuple(slots)
+
+
+class _Recorder(TorchFunctionMode):
+    """Stands between the mod and PyTorch while the mod runs."""
+
+    def __init__(self, fn: Callable, kind: str, acc_dtype: torch.dtype):
+        super().__init__()
+        self.fn, self.kind, self.acc_dtype = fn, kind, acc_dtype
+        self.captured: list[Tensor] = []
+        self.names: list[str] = []
+        self.builder = Builder()
+
+    def call(self):
+        names = SIGNATURES[self.kind]
+        dtypes = [self.acc_dtype if name == "score" else torch.int64 for name in names]
+        refs = [Ref(self.builder.input(name)) for name in names]
+        with self:
+            result = self.fn(*(Value(self.builder, r, d) for r, d in zip(refs, dtypes, strict=True)))
+        return self.result(result)
+
+    def result(self, result):
+        """The mod's result, checked: a bool for a mask, a number for a score, one element."""
+        if isinstance(result, Tensor) and self.is_captured(result) and result.dim() == 0:
+            result = self.load(result, ())
+        if isinstance(result, Partial):
+            raise mistakes.partial(result)
+        dtype = (
+            result.dtype
+            if isinstance(result, Tensor)
+            else {bool: torch.bool, int: torch.int64, float: self.acc_dtype}.get(type(result))
+        )
+        shape = tuple(result.shape) if isinstance(result, Tensor) else ()
+        wanted_bool = self.kind == "mask"
+        if dtype is None or shape != () or (dtype == torch.bool) != wanted_bool or dtype.is_complex:
+            raise mistakes.wrong_result(self.fn, self.kind, result)
+        return result
+
+    def is_captured(self, x: object) -> bool:
+        return isinstance(x, Tensor) and not isinstance(x, Value)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__getitem__" and self.is_captured(args[0]):
+            return self.index(args[0], (), args[1])
+        mistakes.refuse(self.fn, self.kind, name, args)
+        if name in mistakes.METADATA or name == "__get__":
+            return func(*args, **kwargs)
+        if name == "new_tensor":
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype))
+        leaves = list(flatten((args, tuple(kwargs.values()))))
+        if not any(isinstance(x, (Tensor, Partial)) for x in leaves):
+            return func(*args, **kwargs)
+        args = map_leaves(args, self.element)
+        kwargs = {k: map_leaves(v, self.element) for k, v in kwargs.items()}
+        value = plain_call(func, args, kwargs)
+        return func(*args, **kwargs) if value is None else value
+
+    def element(self, x):
+        """A captured tensor used as a number: a load without an index, if it has no dimension."""
+        if isinstance(x, Partial):
+            raise mistakes.partial(x)
+        if not self.is_captured(x):
+            return x
+        if x.dim() == 0:
+            return self.load(x, ())
+        raise mistakes.partial(Partial(self, x, ()))
+
+    def index(self, tensor: Tensor, before: tuple, item):
+        """`tensor[*before, item]`: a load when every dimension has its index."""
+        items = (*before, *(item if isinstance(item, tuple) else (item,)))
+        items = tuple(self.element(x) for x in items)
+        mistakes.check_index(self.fn, self.kind, tensor, items, self.name(tensor))
+        return self.load(tensor, items) if len(items) == tensor.dim() else Partial(self, tensor, items)
+
+    def load(self, tensor: Tensor, items: tuple) -> Tensor:
+        place = next((i for i, known in enumerate(self.captured) if known is tensor), len(self.captured))
+        if place == len(self.captured):
+            mistakes.check_captured(self.fn, self.kind, tensor, self.name(tensor))
+            self.captured.append(tensor)
+            self.names.append(self.name(tensor))
+        type = type_of(tensor.dtype)
+        indices = tuple(returned(self.builder, x, "int") for x in items)
+        ref = Ref(self.builder.node("load", indices, type, place, mistakes.user_line(self.fn)))
+        return Value(self.builder, ref, dtype_of(type, self.acc_dtype))
+
+    def name(self, tensor: Tensor) -> str:
+        return mistakes.name_of(tensor, self.fn)
+
+
+class Partial:
+    """A captured tensor with some of its dimensions indexed: `table[h]`, waiting for `[q_idx]`."""
+
+    def __init__(self, recorder: _Recorder, tensor: Tensor, items: tuple):
+        self.recorder, self.tensor, self.items = recorder, tensor, items
+
+    def __getitem__(self, item):
+        return self.recorder.index(self.tensor, self.items, item)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape[len(self.items) :]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise mistakes.partial(next(x for x in flatten(args) if isinstance(x, Partial)))
+
+    def __getattr__(self, name: str):
+        raise mistakes.partial(self)
+
+    def _number(self, *_):
+        raise mistakes.partial(self)
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = (
+        _number
+    )
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __abs__ = __invert__ = __bool__ = __int__ = (
+        __float__
+    ) = _number
+    __lt__ = __le__ = __gt__ = __ge__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _number

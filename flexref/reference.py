@@ -1,0 +1,238 @@
+"""What flexref means: attention with a score_mod and a mask_mod, once to be read and once to be used.
+
+`loops` is the definition: four loops, plain Python integers, one softmax a row. `einsum` says the same with
+whole tensors and is differentiable by torch autograd. Every backend is held to these two, so they import
+nothing of flexref and call the user's own functions. docs/semantics.md states the rules R1 to R15.
+
+Shapes: query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev); Hq is a multiple of Hkv.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ACC_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+INF, NAN = math.inf, math.nan
+
+
+class Result(NamedTuple):
+    """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type."""
+
+    out: Tensor
+    lse: Tensor
+    max_scores: Tensor
+
+
+def loops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    *,
+    scale: float | None = None,
+    blocks: tuple[Tensor, Tensor] | None = None,
+    index: Callable = int,
+) -> Result:
+    """The definition. The mods get Python integers, so `print`, `if` and `breakpoint()` work inside them.
+
+    `blocks`: two bool tensors that broadcast to (B, Hq, L, S): positions listed, and positions listed full.
+    `index`: makes b, h, q_idx, kv_idx; give `torch.tensor` for a mod that calls torch functions on them.
+    """
+    query, key, value, scale, out_dtype = _prepare(query, key, value, scale)
+    B, H, L, S = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    listed, full = _blocks(blocks, (B, H, L, S), query.device)
+    out = query.new_zeros(B, H, L, value.shape[3])
+    lse = query.new_full((B, H, L), -INF)
+    max_scores = lse.clone()
+
+    for b in range(B):
+        for h in range(H):
+            for q_idx in range(L):
+                scores, values = [], []
+                for kv_idx in range(S):
+                    at = index(b), index(h), index(q_idx), index(kv_idx)
+                    if not listed[b, h, q_idx, kv_idx]:
+                        continue
+                    if not full[b, h, q_idx, kv_idx] and mask_mod and not _truth(mask_mod(*at)):
+                        continue
+                    score = scale * torch.dot(query[b, h, q_idx], key[b, h, kv_idx])
+                    if score_mod:
+                        score = torch.as_tensor(score_mod(score, *at), dtype=query.dtype, device=query.device)
+                    if score == -INF:
+                        continue
+                    scores.append(score)
+                    values.append(value[b, h, kv_idx])
+                if scores:
+                    at = b, h, q_idx
+                    out[at], lse[at], max_scores[at] = _attend_row(torch.stack(scores), torch.stack(values))
+    return Result(out.to(out_dtype), lse, max_scores)
+
+
+def _attend_row(score: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One row's softmax: score (N,), value (N, Ev) of its allowed positions -> out (Ev,), lse, row_max."""
+    row_max = _nan_if_infinite(score.detach().max())
+    weight = torch.exp(score - row_max)
+    row_sum = weight.sum()
+    return weight @ value / row_sum, row_max + torch.log(row_sum), row_max
+
+
+def einsum(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    *,
+    scale: float | None = None,
+    blocks: tuple[Tensor, Tensor] | None = None,
+) -> Result:
+    """The same with whole tensors: differentiable by query, key, value and all that score_mod reads.
+
+    A mod is called once for all positions that concern it, with flat tensors (N,) of them: mask_mod with
+    those listed and not listed full, score_mod with those allowed. Neither ever sees another position.
+    """
+    query, key, value, scale, out_dtype = _prepare(query, key, value, scale)
+    shape = *query.shape[:3], key.shape[2]
+    allowed = _allowed(mask_mod, *_blocks(blocks, shape, query.device))
+
+    score = _scores(query, key, score_mod, scale, allowed)
+    if (score == -INF).any():
+        # a score of -inf is a masked position: ask again without it, so that no gradient passes through it
+        allowed = allowed.masked_scatter(allowed, score != -INF)
+        score = _scores(query, key, score_mod, scale, allowed)
+
+    row_max = _row_max(score.detach(), allowed)
+    b, h, q_idx, _ = allowed.nonzero(as_tuple=True)
+    weight = query.new_zeros(shape).masked_scatter(allowed, torch.exp(score - row_max[b, h, q_idx]))
+    row_sum = torch.where(row_max == -INF, 1.0, weight.sum(-1))
+    if _finite(value, score):
+        out = torch.einsum("bhls,bhse->bhle", weight, value)
+    else:
+        out = torch.einsum("bhls,bhlse->bhle", weight, _as_seen(value, allowed))
+    return Result((out / row_sum[..., None]).to(out_dtype), row_max + torch.log(row_sum), row_max)
+
+
+def _scores(query: Tensor, key: Tensor, score_mod: Callable | None, scale: float, allowed: Tensor) -> Tensor:
+    """The score of each allowed position, flat (N,), in the order of `allowed.nonzero()`."""
+    if _finite(query, key):
+        products = torch.einsum("bhle,bhse->bhls", query, key)
+    else:
+        products = torch.einsum("bhle,bhlse->bhls", query, _as_seen(key, allowed))
+    score = scale * products.masked_select(allowed)
+    if score_mod is None:
+        return score
+    result = _ask(score_mod, allowed, score)
+    return torch.as_tensor(result, dtype=score.dtype, device=score.device).expand(score.shape)
+
+
+def _as_seen(rows: Tensor, allowed: Tensor) -> Tensor:
+    """Rows of key or value (B, Hq, S, E) as each query sees them (B, Hq, L, S, E): masked ones are 0.
+
+    Needed only where something is not finite, because a weight of 0 times NaN is NaN.
+    """
+    return torch.where(allowed[..., None], rows[:, :, None], 0.0)
+
+
+def _allowed(mask_mod: Callable | None, listed: Tensor, full: Tensor) -> Tensor:
+    """Listed, and (listed full, or mask_mod says so): bool (B, Hq, L, S)."""
+    if mask_mod is None:
+        return listed
+    asked = listed & ~full
+    answer = torch.as_tensor(_truth(_ask(mask_mod, asked)), device=asked.device)
+    return listed.masked_scatter(asked, answer.expand(int(asked.sum())))
+
+
+def _ask(mod: Callable, where: Tensor, *score: Tensor) -> object:
+    """A mod's answer for all positions where `where` is true, in the order of `where.nonzero()`."""
+    at = where.nonzero(as_tuple=True)
+    with _NestedReads(torch.arange(at[0].numel(), device=where.device)):
+        return mod(*score, *at)
+
+
+class _NestedReads(TorchFunctionMode):
+    """Lets a mod read table[i][j] of many positions: [j] is taken in the row that each position has read."""
+
+    def __init__(self, each: Tensor):
+        super().__init__()
+        self.each = each
+        self.rows: list[Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        table, at = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+        is_row = any(table is row for row in self.rows)
+        result = table[(self.each, *at)] if is_row else table[at]
+        if is_row or any(isinstance(i, Tensor) and i.dim() for i in at):
+            self.rows.append(result)
+        return result
+
+
+def _row_max(score: Tensor, allowed: Tensor) -> Tensor:
+    """The greatest allowed score of each row (B, Hq, L): -inf if there is none, NaN if one is NaN or +inf."""
+    dense = score.new_full(allowed.shape, -INF).masked_scatter(allowed, score)
+    if dense.shape[-1] == 0:
+        return dense.sum(-1) - INF
+    return _nan_if_infinite(dense.amax(-1))
+
+
+def _nan_if_infinite(row_max: Tensor) -> Tensor:
+    return torch.where(row_max == INF, NAN, row_max)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _truth(result: object) -> bool | Tensor:
+    """A mask_mod's answer: a Python bool or a bool tensor."""
+    if isinstance(result, bool) or isinstance(result, Tensor) and result.dtype == torch.bool:
+        return result
+    kind = result.dtype if isinstance(result, Tensor) else type(result).__name__
+    raise TypeError(
+        f"mask_mod returned {kind}, not a bool. Return a comparison; write `==`, `!=` or torch.logical_not "
+        "where `~` or arithmetic made a number of it"
+    )
+
+
+def _blocks(blocks: tuple[Tensor, Tensor] | None, shape: tuple[int, ...], device) -> tuple[Tensor, Tensor]:
+    """(listed, full) as bool (B, Hq, L, S). Without a block mask everything is listed and nothing is full."""
+    if blocks is None:
+        everything = torch.ones(shape, dtype=torch.bool, device=device)
+        return everything, ~everything
+    return blocks[0].expand(shape), blocks[1].expand(shape)
+
+
+def _prepare(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float, torch.dtype]:
+    """Query, key, value in the accumulation type, all with B batches and Hq heads; the scale; out's dtype."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype not in ACC_DTYPE:
+            raise TypeError(f"{name} is {tensor.dtype}; use float16, bfloat16, float32 or float64")
+    B, H, _, E = query.shape
+    if key.shape[:3] != value.shape[:3] or key.shape[3] != E:
+        shapes = f"key {tuple(key.shape)} and value {tuple(value.shape)}"
+        raise ValueError(f"{shapes} do not agree, or key's head size is not query's {E}")
+    if key.shape[0] not in (1, B) or key.shape[1] == 0 or H % key.shape[1]:
+        raise ValueError(
+            f"key's batch and heads {tuple(key.shape[:2])} do not go with query's {(B, H)}: "
+            "its batch is 1 or equal, its heads divide query's"
+        )
+    acc = ACC_DTYPE[query.dtype]
+    # head h of the query reads head h // group of key and value
+    group = H // key.shape[1]
+    key, value = (x.to(acc).repeat_interleave(group, 1).expand(B, -1, -1, -1) for x in (key, value))
+    scale = 1 / math.sqrt(E) if scale is None else scale
+    return query.to(acc), key, value, scale, query.dtype
