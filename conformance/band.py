@@ -3,51 +3,20 @@
 Derivation and symbols: the docstring of compare.py. Arrays over positions are dense (B, Hq, L, S) and zero where
 masked, or flat (N,) over the allowed positions.
 """
+
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexref.reference import _NestedReads as NestedReads
+from flexref.conformance.call import Call, Positions
+from flexref.conformance.measure import Index, Mod, Run, measure
+from flexref.conformance.rounding import Rounding, finite, half_ulp
 
-if TYPE_CHECKING:
-    from flexref.conformance.compare import Call, Positions
-
-Index = tuple[Tensor, Tensor, Tensor, Tensor]
 PROBES = 12
-
-
-class Rounding(NamedTuple):
-    """u and w of compare.py's derivation for one query dtype; `tiny`: the smallest step of a half-precision operand."""
-
-    acc: torch.dtype
-    u: float
-    w: float
-    tiny: float
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> Rounding:
-        half = dtype in (torch.float16, torch.bfloat16)
-        acc = torch.float32 if half else dtype
-        u = half_ulp(acc) + half_ulp(torch.float64)
-        return cls(acc, u, half_ulp(dtype), smallest(dtype)) if half else cls(acc, u, 0.0, 0.0)
-
-    def total(self, n: int) -> float:
-        """g(n): the error of a sum of n terms, relative to the sum of their magnitudes."""
-        return self.u * (2 * math.sqrt(n) + 2)
-
-
-def half_ulp(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def smallest(dtype: torch.dtype) -> float:
-    """The smallest step of a dtype; the smallest normal number of float32, whose smaller ones hardware may flush."""
-    info = torch.finfo(dtype)
-    return info.smallest_normal * (info.eps if dtype in (torch.float16, torch.bfloat16) else 1.0)
 
 
 class Operands(NamedTuple):
@@ -65,25 +34,12 @@ class Operands(NamedTuple):
         B, H, L, E = call.query.shape
         group, Ev = H // call.key.shape[1], call.value.shape[3]
         key, value = (
-            _finite(x).repeat_interleave(group, 1).expand(B, -1, -1, -1) for x in (call.key, call.value)
+            finite(x).repeat_interleave(group, 1).expand(B, -1, -1, -1) for x in (call.key, call.value)
         )
         grad_out = torch.zeros(B, H, L, Ev) if call.grad_out is None else call.grad_out
         grad_lse = torch.zeros(B, H, L) if call.grad_lse is None else call.grad_lse
         scale = 1 / math.sqrt(E) if call.scale is None else call.scale
-        return cls(_finite(call.query), key, value, _finite(grad_out), _finite(grad_lse), scale)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return torch.nan_to_num(x.detach().to(torch.float64), 0.0, 0.0, 0.0)
-
-
-class Mod(NamedTuple):
-    """score_mod at the allowed positions, flat: its value and slope, and what rounding does to each."""
-
-    post: Tensor
-    slope: Tensor
-    post_error: Tensor
-    slope_error: Tensor
+        return cls(finite(call.query), key, value, finite(grad_out), finite(grad_lse), scale)
 
 
 class Rows:
@@ -95,10 +51,12 @@ class Rows:
         self.allowed[index] = torch.isfinite(mod.post)
         post = dense(mod.post, index, shape, -math.inf).masked_fill(~self.allowed, -math.inf)
         row_max = post.amax(-1) if shape[3] else post.new_full(shape[:3], -math.inf)
-        lse = _finite(torch.logsumexp(post, -1))
-        score = _finite(post)
+        lse = finite(torch.logsumexp(post, -1))
+        score = finite(post)
 
-        error = dense(mod.post_error, index, shape) + 2 * r.u * (score.abs() + _finite(row_max).abs()[..., None])
+        error = dense(mod.post_error, index, shape) + 2 * r.u * (
+            score.abs() + finite(row_max).abs()[..., None]
+        )
         self.max_error = _reach(post, error, row_max)
         self.growth = torch.expm1(error.clamp(max=80.0)) * self.allowed
         self.p = torch.exp(score - lse[..., None]) * self.allowed
@@ -107,7 +65,11 @@ class Rows:
 
         size = x.value.abs()
         self.out = self.p @ x.value
-        self.out_error = shift @ size + shift.sum(-1, keepdim=True) * self.out.abs() + r.tiny * (self.allowed.double() @ size)
+        self.out_error = (
+            shift @ size
+            + shift.sum(-1, keepdim=True) * self.out.abs()
+            + r.tiny * (self.allowed.double() @ size)
+        )
         self.out_error += (8 * r.u + r.w + 2 * r.total(shape[3])) * (self.p @ size)
 
 
@@ -116,7 +78,7 @@ def _reach(post: Tensor, error: Tensor, row_max: Tensor) -> Tensor:
     if post.shape[3] == 0:
         return torch.zeros_like(row_max)
     error = torch.where(torch.isfinite(post), error, 0.0)
-    return _finite(torch.maximum((post + error).amax(-1) - row_max, row_max - (post - error).amax(-1)))
+    return finite(torch.maximum((post + error).amax(-1) - row_max, row_max - (post - error).amax(-1)))
 
 
 class Back:
@@ -137,7 +99,9 @@ class Back:
         slope, slope_error = dense(mod.slope, index, shape), dense(mod.slope_error, index, shape)
         self.score = self.post * slope
         post_error = self.own + self.from_delta + self.from_lse.abs()
-        self.score_error = post_error * slope.abs() + self.post.abs() * slope_error + (r.u + r.w) * self.score.abs()
+        self.score_error = (
+            post_error * slope.abs() + self.post.abs() * slope_error + (r.u + r.w) * self.score.abs()
+        )
         self.p_error = rows.p * (rows.growth + rows.lse_error[..., None] + 8 * r.u + r.w)
 
     @staticmethod
@@ -167,7 +131,7 @@ def rounding_band(call: Call, positions: Positions) -> dict[str, Tensor]:
     r, x, index = Rounding.of(call.query.dtype), Operands.of(call), positions.index
     size = abs(x.scale) * (x.query.abs() @ x.key.abs().mT)[index]
     doubt = r.total(x.query.shape[3]) / 2 * size
-    mod = _measure(call, positions, r, doubt)
+    mod = measure(call, positions, r, doubt)
     rows = Rows(x, index, mod, r)
     bands = {"out": rows.out_error, "lse": rows.lse_error, "max_scores": rows.max_error}
     if not call.wanted:
@@ -181,7 +145,12 @@ def rounding_band(call: Call, positions: Positions) -> dict[str, Tensor]:
 def _input_bands(call: Call, x: Operands, rows: Rows, back: Back, r: Rounding) -> dict[str, Tensor]:
     """Of the gradients of query, key and value."""
     scale, allowed = abs(x.scale), rows.allowed.double()
-    terms = x.query.shape[0] // max(1, call.key.shape[0]) * (x.query.shape[1] // call.key.shape[1]) * x.query.shape[2]
+    terms = (
+        x.query.shape[0]
+        // max(1, call.key.shape[0])
+        * (x.query.shape[1] // call.key.shape[1])
+        * x.query.shape[2]
+    )
     ds, ds_error, p, p_error = back.score.abs(), back.score_error, rows.p, back.p_error
     query = scale * (ds_error + r.total(p.shape[3]) * ds + r.tiny * allowed) @ x.key.abs()
     key = scale * (ds_error + r.total(terms) * ds + r.tiny * allowed).mT @ x.query.abs()
@@ -199,75 +168,37 @@ def _fold(x: Tensor, shape: torch.Size) -> Tensor:
     return x if shape[0] == x.shape[0] else x.sum(0, keepdim=True)
 
 
-class _Run:
-    """score_mod once, on flat scores, with its own leaves for whatever it reads."""
-
-    def __init__(self, call: Call, score: Tensor, index: Index, dtype: torch.dtype):
-        self.score = score.detach().to(dtype).requires_grad_()
-        floats = {name: t for name, t in call.captured.items() if t.is_floating_point()}
-        self.leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in floats.items()}
-        post = self.score
-        if call.make_score:
-            with NestedReads(torch.arange(len(score))):
-                post = call.make_score(call.captured | self.leaves)(self.score, *index)
-        self.post = torch.as_tensor(post).to(dtype).expand(score.shape)
-
-    def pull(self, cotangent: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-        """What `cotangent` (N,) of the result is for each leaf, in float64."""
-        zeros = [torch.zeros_like(x, dtype=torch.float64) for x in leaves]
-        if not self.post.requires_grad:
-            return zeros
-        grads = torch.autograd.grad(
-            self.post, leaves, cotangent.to(self.post.dtype), retain_graph=True, allow_unused=True
-        )
-        return [zero if g is None else g.to(torch.float64) for g, zero in zip(grads, zeros, strict=True)]
-
-
-def _signs(n: int) -> list[Tensor]:
-    """All up, all down, and each at random: a kink within reach of a score is crossed by one of the first two."""
-    random = torch.Generator().manual_seed(0)
-    mixed = [torch.randint(0, 2, (n,), generator=random) * 2.0 - 1 for _ in range(2)]
-    return [torch.ones(n), -torch.ones(n), *mixed]
-
-
-def _measure(call: Call, positions: Positions, r: Rounding, doubt: Tensor) -> Mod:
-    """score_mod's value and slope at the exact scores, and how far both are off in the accumulation type."""
-    exact = _Run(call, positions.score, positions.index, torch.float64)
-    post, slope = exact.post.detach(), exact.pull(torch.ones_like(exact.post), [exact.score])[0]
-    post_off, slope_off = torch.zeros_like(post), torch.zeros_like(post)
-    for sign in _signs(len(post)):
-        run = _Run(call, positions.score + sign * doubt, positions.index, r.acc)
-        moved = run.pull(torch.ones_like(run.post), [run.score])[0]
-        post_off = torch.maximum(post_off, (run.post.detach() - post).abs())
-        slope_off = torch.maximum(slope_off, (moved - slope).abs())
-    slope, slope_off = _finite(slope), _finite(slope_off)
-    return Mod(post, slope, _finite(2 * post_off), 2 * slope_off + 2 * r.u * slope.abs())
-
-
 def _captured_bands(
     call: Call, positions: Positions, names: list[str], back: Back, doubt: Tensor, r: Rounding
 ) -> dict[str, Tensor]:
     """Of the gradients of captured tensors: each error goes back through score_mod with Gaussian signs."""
     index, random = positions.index, torch.Generator().manual_seed(1)
-    exact = _Run(call, positions.score, index, torch.float64)
+    exact = Run(call, positions.score, index, torch.float64)
     leaves = [exact.leaves[name] for name in names]
     post, own = back.post[index], back.own[index]
     squares = [[torch.zeros_like(leaf) for leaf in leaves] for _ in range(3)]
     for i in range(PROBES):
         sign = torch.randn(len(post), generator=random, dtype=torch.float64)
-        shared = [torch.randn(back.post.shape[:3], generator=random, dtype=torch.float64)[..., None] for _ in range(2)]
+        shared = [
+            torch.randn(back.post.shape[:3], generator=random, dtype=torch.float64)[..., None]
+            for _ in range(2)
+        ]
         together = (shared[0] * back.from_delta + shared[1] * back.from_lse)[index]
         size = exact.pull(sign * post, leaves)
-        run = _Run(call, positions.score + doubt * (1 - 2 * (i % 2)), index, r.acc)
+        run = Run(call, positions.score + doubt * (1 - 2 * (i % 2)), index, r.acc)
         rounded = run.pull(sign * post, [run.leaves[name] for name in names])
-        probes = exact.pull(sign * own + together, leaves), size, [a - b for a, b in zip(rounded, size, strict=True)]
+        probes = (
+            exact.pull(sign * own + together, leaves),
+            size,
+            [a - b for a, b in zip(rounded, size, strict=True)],
+        )
         for total, probe in zip(squares, probes, strict=True):
             for square, value in zip(total, probe, strict=True):
-                square += _finite(value).square()
+                square += finite(value).square()
     result = exact.pull(post, leaves)
     moved, size, off = [[(square / PROBES).sqrt() for square in total] for total in squares]
     n = r.total(len(post)) + 2 * r.u
     return {
-        f"grad {name}": 4 * moved[i] + 4 * off[i] + n * (4 * size[i] + _finite(result[i]).abs())
+        f"grad {name}": 4 * moved[i] + 4 * off[i] + n * (4 * size[i] + finite(result[i]).abs())
         for i, name in enumerate(names)
     }

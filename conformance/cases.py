@@ -1,47 +1,24 @@
 """A Case is one attention problem as plain text and numbers, so that a failing one can be printed and pasted.
 
-A mod is the text of an expression over score, b, h, q_idx, kv_idx and the names in CAPTURES, whose shapes follow
+A mod is the text of an expression over score, b, h, q_idx, kv_idx and the names in mods.CAPTURES, whose shapes follow
 from the problem. `build` makes the tensors from the seed alone, and a `Call` of them that compare.py understands.
 """
+
 from __future__ import annotations
 
-import itertools
-import linecache
 import math
-import re
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexref.block_mask import BlockMask, create_block_mask
-from flexref.conformance.compare import Call
-
-# what a mod may capture: the shape from B, H, L, S; "float" ones are score_mod's and may want a gradient
-CAPTURES: dict[str, tuple[str, Callable[..., tuple[int, ...]]]] = {
-    "gain": ("float", lambda B, H, L, S: ()),
-    "slope": ("float", lambda B, H, L, S: (H,)),
-    "row": ("float", lambda B, H, L, S: (L,)),
-    "col": ("float", lambda B, H, L, S: (B, S)),
-    "bias": ("float", lambda B, H, L, S: (H, L, S)),
-    "grid": ("float", lambda B, H, L, S: (B, H, L, S)),
-    "rel": ("float", lambda B, H, L, S: (L + S,)),
-    "window": ("window", lambda B, H, L, S: ()),
-    "doc": ("doc", lambda B, H, L, S: (max(L, S),)),
-    "length": ("length", lambda B, H, L, S: (B,)),
-    "pick": ("index", lambda B, H, L, S: (S,)),
-    "wrap": ("negative", lambda B, H, L, S: (S,)),
-    "flag": ("bool", lambda B, H, L, S: (S,)),
-    "keep": ("bool", lambda B, H, L, S: (H, L, S)),
-}
-FLOATS = tuple(name for name, (kind, _) in CAPTURES.items() if kind == "float")
-NUMBERS = {"cap": 4.5, "shift": 3}
-SIGNATURES = {"score": "score, b, h, q_idx, kv_idx", "mask": "b, h, q_idx, kv_idx"}
-_serial = itertools.count()
+from flexref.conformance.call import INPUTS, Call
+from flexref.conformance.layouts import LAYOUTS, VALUES
+from flexref.conformance.mods import CAPTURES, FLOATS, make_mod, names_in
+from flexref.reference import ACC_DTYPE
 
 
 class Blocks(NamedTuple):
@@ -55,7 +32,7 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Case:
-    """`layouts`, of query, key and value, are names in LAYOUTS; `values` is a name in VALUES.
+    """`layouts`, of query, key and value, are names in layouts.LAYOUTS; `values` is a name in VALUES.
 
     `wants`: of "query", "key", "value", "captured", what gets a gradient; `loss`: "out", "lse" or "both".
     """
@@ -74,7 +51,7 @@ class Case:
     blocks: Blocks | None = None
     scale: float | None = None
     captured_dtype: str = "float32"
-    layouts: tuple[str, str, str] = ("plain", "plain", "plain")
+    layouts: tuple[str, ...] = ("plain", "plain", "plain")
     values: str = "normal"
     wants: tuple[str, ...] = ()
     loss: str = "both"
@@ -86,9 +63,17 @@ class Case:
         given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
         return f"Case({', '.join(f'{name}={value!r}' for name, value, default in given if value != default)})"
 
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        # hypothesis would print every field
+        printer.text(repr(self))
+
     @property
     def heads(self) -> int:
         return self.kv_heads * self.group
+
+    def but(self, **changes: Any) -> Case:
+        """The same with some fields changed."""
+        return replace(self, **changes)
 
 
 @dataclass
@@ -96,34 +81,12 @@ class Built:
     """A case's tensors on one device, and what a backend is given. `call` is the same problem for the comparison."""
 
     call: Call
-    arguments: dict = field(default_factory=dict)
-    captured: dict[str, Tensor] = field(default_factory=dict)
+    arguments: dict
+    captured: dict[str, Tensor]
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        return {name: self.arguments[name] for name in ("query", "key", "value")} | self.captured
-
-
-@cache
-def make_mod(text: str, kind: str, names: tuple[str, ...]) -> Callable[[dict[str, Tensor]], Callable]:
-    """A factory: given the captured tensors by name, a mod whose closure holds them."""
-    source = (
-        f"def make({', '.join((*names, *NUMBERS))}):\n"
-        f"    def {kind}_mod({SIGNATURES[kind]}):\n"
-        f"        return {text}\n"
-        f"    return {kind}_mod\n"
-    )
-    # a name of its own, so that tracebacks and the errors of the tracer show the mod's line
-    filename = f"<conformance mod {next(_serial)}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    scope: dict = {"torch": torch, "F": torch.nn.functional, "inf": math.inf, "nan": math.nan}
-    exec(compile(source, filename, "exec"), scope)
-    return lambda tensors: scope["make"](**{name: tensors[name] for name in names}, **NUMBERS)
-
-
-def names_in(text: str | None) -> tuple[str, ...]:
-    """The captured tensors that a mod's text reads."""
-    return tuple(name for name in CAPTURES if text and re.search(rf"\b{name}\b", text))
+        return {name: self.arguments[name] for name in INPUTS} | self.captured
 
 
 def captured_tensor(case: Case, name: str) -> Tensor:
@@ -147,49 +110,64 @@ def captured_tensor(case: Case, name: str) -> Tensor:
 
 def build(case: Case, device: str = "cpu") -> Built:
     """The case's tensors on `device`; the Call, for the comparison, holds the same numbers on the CPU."""
-    B, H, L, S = case.batch, case.heads, case.q_len, case.kv_len
-    kv_batch = B if case.kv_batch is None else case.kv_batch
-    shapes = (B, H, L, case.head_dim), (kv_batch, case.kv_heads, S, case.head_dim), (kv_batch, case.kv_heads, S, case.value_dim)
-    names = ("query", "key", "value")
-    tensors = {name: _input(case, name, shape, how) for name, shape, how in zip(names, shapes, case.layouts, strict=True)}
-    captured = {name: captured_tensor(case, name) for name in CAPTURES if name in names_in(case.score) + names_in(case.mask)}
-    floats = tuple(name for name in names_in(case.score) if name in FLOATS)
-    wanted = tuple(n for n in names if n in case.wants) + (floats if "captured" in case.wants else ())
-
-    make_score = make_mod(case.score, "score", names_in(case.score)) if case.score else None
-    make_mask = make_mod(case.mask, "mask", names_in(case.mask)) if case.mask else None
-    grids = _block_grids(case) if case.blocks and case.blocks.by_hand else None
-
-    at = {name: _leaf(t.to(device) if device != "cpu" else t, name in wanted) for name, t in tensors.items()}
-    held = {name: _leaf(t.to(device), name in wanted) for name, t in captured.items()}
-    arguments: dict = dict(at, scale=case.scale, enable_gqa=case.group > 1, need_max_scores=case.max_scores)
-    arguments |= dict(score_mod=make_score and make_score(held), deterministic=case.deterministic)
-    if case.blocks is None:
-        arguments["mask_mod"] = make_mask and make_mask(held)
-    else:
-        arguments["block_mask"] = _block_mask(case, make_mask and make_mask(held), grids, device)
-
-    call = Call(
-        **{name: tensor.detach() for name, tensor in tensors.items()},
-        scale=case.scale,
-        make_score=make_score,
-        mask_mod=make_mask and make_mask(captured),
-        captured=captured,
-        blocks=grids and tuple(_expand(grid, case) for grid in grids),
-        wanted=wanted,
-        grad_out=_noise(case, "grad_out", (B, H, L, case.value_dim)).to(at["query"].dtype),
-        grad_lse=_noise(case, "grad_lse", (B, H, L)).to(torch.float64 if case.dtype == "float64" else torch.float32),
+    call = _call(case)
+    at = {name: tensor.requires_grad_(name in call.wanted) for name, tensor in _inputs(case, device).items()}
+    held = {
+        name: t.to(device, copy=True).requires_grad_(name in call.wanted) for name, t in call.captured.items()
+    }
+    mask_mod = _make(case.mask, "mask")
+    mask_mod = mask_mod and mask_mod(held)
+    masked = (
+        dict(mask_mod=mask_mod)
+        if case.blocks is None
+        else dict(block_mask=_block_mask(case, mask_mod, device))
     )
-    if case.loss == "out":
-        call = replace(call, grad_lse=None)
-    if case.loss == "lse":
-        call = replace(call, grad_out=None)
+    arguments = dict(
+        at,
+        **masked,
+        score_mod=call.make_score and call.make_score(held),
+        scale=case.scale,
+        enable_gqa=case.group > 1,
+        need_max_scores=case.max_scores,
+        deterministic=case.deterministic,
+    )
     return Built(call, arguments, held)
 
 
-def _leaf(tensor: Tensor, wants_grad: bool) -> Tensor:
-    """The same storage and strides, as a leaf of its own."""
-    return tensor.detach().requires_grad_(wants_grad)
+def _call(case: Case) -> Call:
+    """The same problem for the reference."""
+    read = names_in(case.score)
+    captured = {name: captured_tensor(case, name) for name in CAPTURES if name in read + names_in(case.mask)}
+    wanted = tuple(name for name in INPUTS if name in case.wants)
+    if "captured" in case.wants:
+        wanted += tuple(name for name in read if name in FLOATS)
+    mask_mod, shape = _make(case.mask, "mask"), (case.batch, case.heads, case.q_len)
+    grad_out = _noise(case, "grad_out", (*shape, case.value_dim)).to(getattr(torch, case.dtype))
+    grad_lse = _noise(case, "grad_lse", shape).to(ACC_DTYPE[grad_out.dtype])
+    by_hand = case.blocks is not None and case.blocks.by_hand
+    return Call(
+        **_inputs(case, "cpu"),
+        scale=case.scale,
+        make_score=_make(case.score, "score"),
+        mask_mod=mask_mod and mask_mod(captured),
+        captured=captured,
+        blocks=_positions(case) if by_hand else None,
+        wanted=wanted,
+        grad_out=None if case.loss == "lse" else grad_out,
+        grad_lse=None if case.loss == "out" else grad_lse,
+    )
+
+
+def _make(text: str | None, kind: str):
+    return make_mod(text, kind, names_in(text)) if text else None
+
+
+def _inputs(case: Case, device: str) -> dict[str, Tensor]:
+    B, Bk, H, Hkv = case.batch, case.kv_batch or case.batch, case.heads, case.kv_heads
+    query = (B, H, case.q_len, case.head_dim)
+    key, value = (Bk, Hkv, case.kv_len, case.head_dim), (Bk, Hkv, case.kv_len, case.value_dim)
+    given = zip(INPUTS, (query, key, value), case.layouts, strict=True)
+    return {name: _input(case, name, shape, layout, device) for name, shape, layout in given}
 
 
 def _generator(case: Case, name: str) -> torch.Generator:
@@ -200,57 +178,13 @@ def _noise(case: Case, name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=_generator(case, name), dtype=torch.float64)
 
 
-VALUES: dict[str, Callable[[Tensor], Tensor]] = {
-    "normal": lambda x: x,
-    "integers": lambda x: (1.5 * x).round().clamp(-2, 2),
-    "large": lambda x: 6 * x,
-    "equal": lambda x: torch.ones_like(x),
-    "positive": lambda x: x.abs(),
-    "holes": lambda x: x,
-}
-
-
-def _input(case: Case, name: str, shape: tuple[int, ...], layout: str) -> Tensor:
+def _input(case: Case, name: str, shape: tuple[int, ...], layout: str, device: str) -> Tensor:
     """Query, key or value; with values="holes" a few rows of key and value are NaN (and of the captured `col`)."""
     data = VALUES[case.values](_noise(case, name, shape)).to(getattr(torch, case.dtype))
     if case.values == "holes" and name != "query" and shape[2]:
         hole = torch.rand(shape[2], generator=_generator(case, "holes of " + name)) < 2 / shape[2]
         data = torch.where(hole[:, None], math.nan, data)
-    return LAYOUTS[layout](data)
-
-
-def _transposed(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _columns(x: Tensor) -> Tensor:
-    """The last dimension is not the dense one."""
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def _offset(x: Tensor) -> Tensor:
-    """A window of a larger buffer whose other elements are NaN: reading outside shows."""
-    around = x.new_full([n + 3 for n in x.shape], math.nan)
-    around[tuple(slice(1, 1 + n) for n in x.shape)] = x
-    return around[tuple(slice(1, 1 + n) for n in x.shape)]
-
-
-def _step(x: Tensor) -> Tensor:
-    """Every second element of a larger buffer whose other elements are NaN."""
-    around = x.new_full([2 * n for n in x.shape], math.nan)
-    around[tuple(slice(None, None, 2) for _ in x.shape)] = x
-    return around[tuple(slice(None, None, 2) for _ in x.shape)]
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "plain": lambda x: x,
-    "transposed": _transposed,
-    "columns": _columns,
-    "offset": _offset,
-    "step": _step,
-    "expanded": lambda x: x[:, :1].expand(x.shape),
-    "row": lambda x: x[:, :, :1].expand(x.shape),
-}
+    return LAYOUTS[layout](data.to(device)).detach()
 
 
 def _block_grids(case: Case) -> tuple[Tensor, Tensor]:
@@ -264,20 +198,23 @@ def _block_grids(case: Case) -> tuple[Tensor, Tensor]:
     return draw < 0.6, draw < 0.25
 
 
-def _expand(grid: Tensor, case: Case) -> Tensor:
-    """A grid of blocks as one of positions (B or 1, H or 1, L, S)."""
+def _positions(case: Case) -> tuple[Tensor, Tensor]:
+    """The same as positions (B or 1, H or 1, L, S), without the help of BlockMask."""
     assert case.blocks is not None
     q_block, kv_block = case.blocks.size
-    wide = grid.repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3)
-    return wide[:, :, : case.q_len, : case.kv_len]
+    wide = (grid.repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3) for grid in _block_grids(case))
+    listed, full = (grid[:, :, : case.q_len, : case.kv_len] for grid in wide)
+    return listed, full
 
 
-def _block_mask(case: Case, mask_mod, grids: tuple[Tensor, Tensor] | None, device: str) -> BlockMask:
+def _block_mask(case: Case, mask_mod, device: str) -> BlockMask:
     assert case.blocks is not None
-    if grids is None:
+    if not case.blocks.by_hand:
         batch, heads = case.batch if case.blocks.batch else None, case.heads if case.blocks.heads else None
-        return create_block_mask(mask_mod, batch, heads, case.q_len, case.kv_len, device=device, BLOCK_SIZE=case.blocks.size)
-    listed, full = grids
+        return create_block_mask(
+            mask_mod, batch, heads, case.q_len, case.kv_len, device=device, BLOCK_SIZE=case.blocks.size
+        )
+    listed, full = _block_grids(case)
     return BlockMask.from_kv_blocks(
         *_lists(listed & ~full, device),
         *_lists(full, device),

@@ -1,4 +1,5 @@
 """What is asked of a backend about one Case: it runs and conforms, or refuses with the reasons that it gave."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -57,7 +58,9 @@ def run_case(backend: Backend, case: Case) -> Ran | None:
 
 def check_refusal(backend: Backend, problem: Problem, tensors: Tensors, reasons: list[str]) -> None:
     """What `unsupported` refuses raises Unsupported with each of the reasons."""
-    assert all(isinstance(reason, str) and reason for reason in reasons), f"reasons are sentences, got {reasons}"
+    assert all(isinstance(reason, str) and reason for reason in reasons), (
+        f"reasons are sentences, got {reasons}"
+    )
     with pytest.raises(Unsupported) as caught:
         attend(backend, problem, tensors)
     told = [str(caught.value), *caught.value.reasons.get(backend.name, [])]
@@ -72,18 +75,9 @@ def check_same_bits(backend: Backend, case: Case) -> None:
     if first is None or second is None:
         return
     for name, result in first.results.items():
-        same = torch.equal(result.contiguous().view(torch.uint8), second.results[name].contiguous().view(torch.uint8))
+        same = torch.equal(_bits(result), _bits(second.results[name]))
         assert same, f"{name}: a second call on the same input gave other bits"
         LEDGER.compare()
-
-
-def check_equal_bits(backend: Backend, case: Case, other: Case, names: tuple[str, ...] = ("out", "lse")) -> None:
-    """Two cases that mean the same, so that nothing but the path differs, agree within both budgets."""
-    ran, again = check_case(backend, case), check_case(backend, other)
-    if ran is None or again is None:
-        return
-    for name in names:
-        assert torch.equal(torch.isnan(ran.results[name]), torch.isnan(again.results[name])), f"{name}: NaN moved"
 
 
 def device_of(backend: Backend) -> str:
@@ -117,6 +111,10 @@ def _gradients(built: Built, output: Output) -> dict[str, Tensor]:
     for name, leaf, grad in zip(call.wanted, leaves, found, strict=True):
         results[f"grad {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return results
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten().contiguous().view(torch.uint8)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -25,58 +25,19 @@ w is the half ulp of a half-precision type and 0 otherwise: a product of matrice
 inputs' type, and must add in the accumulation type. Each result may at last be rounded once to its own dtype.
 tests/test_compare.py and test_suite_bites.py show that sound algorithms pass and that small faults do not.
 """
+
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexref.conformance.band import half_ulp, rounding_band, smallest
+from flexref.conformance.band import rounding_band
+from flexref.conformance.call import INPUTS, Call, Positions
+from flexref.conformance.rounding import half_ulp, smallest
 from flexref.reference import einsum
-
-INPUTS = ("query", "key", "value")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One problem as the reference understands it, on the CPU.
-
-    `make_score(captured)` makes the score_mod over those tensors, so that it can also be made over float64 copies.
-    `blocks`: None, or (listed, full) as reference.einsum takes them. `wanted`: inputs and captured names that get
-    a gradient, of sum(out * grad_out) + sum(lse * grad_lse); None leaves that term out.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float | None = None
-    make_score: Callable[[dict[str, Tensor]], Callable] | None = None
-    mask_mod: Callable | None = None
-    captured: dict[str, Tensor] = field(default_factory=dict)
-    blocks: tuple[Tensor, Tensor] | None = None
-    wanted: tuple[str, ...] = ()
-    grad_out: Tensor | None = None
-    grad_lse: Tensor | None = None
-
-    def to(self, dtype: torch.dtype) -> Call:
-        """Copies in `dtype` of everything that is a float."""
-
-        def cast(x: Tensor | None) -> Tensor | None:
-            return x.detach().to(dtype) if x is not None and x.is_floating_point() else x
-
-        floats = {name: cast(getattr(self, name)) for name in (*INPUTS, "grad_out", "grad_lse")}
-        return replace(self, **floats, captured={name: cast(x) for name, x in self.captured.items()})
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What score_mod was given: flat float64 scores (N,), and b, h, q_idx, kv_idx of the allowed positions."""
-
-    score: Tensor
-    index: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,11 +52,17 @@ class Expectation:
 
     def judge(self, result: Tensor) -> float:
         """The worst ratio of error to budget. Raises AssertionError, naming the worst element, if it is over 1."""
-        assert result.shape == self.exact.shape, f"{self.name}: shape {tuple(result.shape)}, not {tuple(self.exact.shape)}"
+        assert result.shape == self.exact.shape, (
+            f"{self.name}: shape {tuple(result.shape)}, not {tuple(self.exact.shape)}"
+        )
         assert result.dtype == self.dtype, f"{self.name}: {result.dtype}, not {self.dtype}"
         result = result.detach().to("cpu", torch.float64)
         decided = kind(self.plain) == kind(self.exact)
-        self._all(decided & (kind(result) != kind(self.exact)), result, "is not finite, NaN or infinite where it should be")
+        self._all(
+            decided & (kind(result) != kind(self.exact)),
+            result,
+            "is not finite, NaN or infinite where it should be",
+        )
 
         finite = decided & torch.isfinite(self.exact)
         error = torch.where(finite, (result - self.exact).abs(), 0.0)
@@ -148,10 +115,9 @@ def evaluate(call: Call) -> tuple[dict[str, Tensor], Positions | None]:
         seen.append(Positions(score.detach(), index))
         return score_mod(score, *index)
 
-    result = einsum(
-        *(leaves[name] for name in INPUTS), recorded, call.mask_mod, scale=call.scale, blocks=call.blocks
-    )
-    results = dict(zip(("out", "lse", "max_scores"), (x.detach() for x in result), strict=True))
+    query, key, value = (leaves[name] for name in INPUTS)
+    result = einsum(query, key, value, recorded, call.mask_mod, scale=call.scale, blocks=call.blocks)
+    results: dict[str, Tensor] = {name: x.detach() for name, x in result._asdict().items()}
     terms = [(result.out, call.grad_out), (result.lse, call.grad_lse)]
     terms = [(y, grad) for y, grad in terms if grad is not None and y.requires_grad]
     wanted = [leaves[name] for name in call.wanted]

@@ -1,4 +1,5 @@
 """What one test did to one backend: how much it compared, and what was refused. plugin.py reads it after each test."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field

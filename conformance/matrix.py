@@ -1,4 +1,5 @@
 """The result of a run: tests down, backends across, and for each backend how much was compared."""
+
 from __future__ import annotations
 
 import io
@@ -11,7 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 STATES = ("FAIL", "pass", "known gap", "unsupported", "unavailable", "skipped")
-STYLES = {"pass": "green", "FAIL": "bold red", "known gap": "yellow", "unsupported": "cyan", "unavailable": "dim"}
+STYLES = {
+    "pass": "green",
+    "FAIL": "bold red",
+    "known gap": "yellow",
+    "unsupported": "cyan",
+    "unavailable": "dim",
+}
 
 
 @dataclass
@@ -63,9 +70,9 @@ class Cell:
 
 
 class Matrix:
-    """`asked`: the backends that were named explicitly; for each of them something must have been compared."""
+    """`asked`: the backends were named explicitly; for each of them something must have been compared."""
 
-    def __init__(self, backends: list[str], asked: list[str]):
+    def __init__(self, backends: list[str], asked: bool):
         self.backends, self.asked = backends, asked
         self.rows: dict[str, dict[str, Cell]] = {}
 
@@ -79,7 +86,7 @@ class Matrix:
     def faults(self) -> list[str]:
         """What is wrong with the run as a whole: a backend for which nothing was compared."""
         if not self.rows:
-            return [f"backend {name}: no test of the suite was run" for name in self.asked]
+            return [f"backend {name}: no test of the suite was run" for name in self.backends if self.asked]
         faults = []
         for name in self.backends:
             cells = [row[name] for row in self.rows.values() if name in row]
@@ -96,13 +103,19 @@ class Matrix:
         for test, row in sorted(self.rows.items()):
             for name, cell in row.items():
                 by_backend.setdefault(name, {})[test] = cell.as_dict()
-        return {"compared": {name: self.compared(name) for name in self.backends}, "backends": by_backend, "faults": self.faults()}
+        return {
+            "compared": {name: self.compared(name) for name in self.backends},
+            "backends": by_backend,
+            "faults": self.faults(),
+        }
 
     def render(self) -> str:
         """The table as text, for a terminal."""
         names = [name for name in self.backends if any(name in row for row in self.rows.values())]
         lines = [(test, [row.get(name) for name in names]) for test, row in sorted(self.rows.items())]
-        foot = [f"{self.compared(name)} compared, worst {self._worst(name):.0%} of the budget" for name in names]
+        foot = [
+            f"{self.compared(name)} compared, worst {self._worst(name):.0%} of the budget" for name in names
+        ]
         table = Table("test", *names, show_footer=False, show_lines=False, pad_edge=False)
         for test, cells in lines:
             table.add_row(test.removeprefix("test_"), *(_styled(cell) for cell in cells))

@@ -3,6 +3,7 @@
 A test of the suite that takes an argument `backend` runs once for each. Its row in the matrix is its name; a cell is
 pass, unsupported(reason), unavailable(reason), known gap or FAIL. A run that compared nothing for a backend fails.
 """
+
 from __future__ import annotations
 
 import ast
@@ -11,7 +12,7 @@ import json
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,19 +38,31 @@ class Gap(NamedTuple):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("flexref conformance")
-    group.addoption("--backend", action="append", default=[], help="a backend's name, or the dotted path of a module; default: all")
-    group.addoption("--conformance-profile", choices=sorted(PROFILES), default="quick", help="how many examples")
+    group.addoption(
+        "--backend",
+        action="append",
+        default=[],
+        help="a backend's name, or the dotted path of a module; default: all",
+    )
+    group.addoption(
+        "--conformance-profile", choices=sorted(PROFILES), default="quick", help="how many examples"
+    )
     group.addoption("--conformance-json", metavar="PATH", help="write the matrix as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    profile = config.getoption("--conformance-profile")
-    common = dict(deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), max_examples=PROFILES[profile])
+    profile = str(config.getoption("--conformance-profile"))
+    common = dict(
+        deadline=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+        max_examples=PROFILES[profile],
+    )
     # quick: the same examples in every run, so that a backend's cache of compiled kernels serves the next run
     quick = profile == "quick"
     settings.register_profile("flexref", **common, derandomize=quick, database=None)  # type: ignore[arg-type]
     settings.load_profile("flexref")
-    config.stash[MATRIX] = Matrix([backend.name for backend in selected(config)], config.getoption("--backend"))
+    config.stash[MATRIX] = Matrix([backend.name for backend in selected(config)], bool(asked(config)))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -64,7 +77,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def selected(config: pytest.Config) -> list[Backend]:
     """The backends that `--backend` names, or all that are found."""
-    return list(_selected(tuple(config.getoption("--backend"))))
+    return list(_selected(asked(config)))
+
+
+def asked(config: pytest.Config) -> tuple[str, ...]:
+    return tuple(config.getoption("--backend") or ())
 
 
 @cache
@@ -77,14 +94,22 @@ def _named(name: str, found: dict[str, Backend]) -> Backend:
     if name in found:
         return found[name]
     if "." not in name:
-        raise pytest.UsageError(f"--backend {name}: no such backend; found {', '.join(found)}, or give a module's dotted path")
+        raise pytest.UsageError(
+            f"--backend {name}: no such backend; found {', '.join(found)}, or give a module's dotted path"
+        )
     try:
         module = importlib.import_module(name)
     except ImportError as error:
         raise pytest.UsageError(f"--backend {name}: cannot be imported: {error}") from error
-    missing = [part for part in ("name", "rank", "options", "unavailable", "unsupported", "forward", "backward") if not hasattr(module, part)]
+    missing = [
+        part
+        for part in ("name", "rank", "options", "unavailable", "unsupported", "forward", "backward")
+        if not hasattr(module, part)
+    ]
     if missing:
-        raise pytest.UsageError(f"--backend {name}: is no backend, it lacks {', '.join(missing)} (see flexref.backend.Backend)")
+        raise pytest.UsageError(
+            f"--backend {name}: is no backend, it lacks {', '.join(missing)} (see flexref.backend.Backend)"
+        )
     return module  # type: ignore[return-value]
 
 
@@ -108,10 +133,18 @@ def gaps_of(backend: Backend) -> list[Gap]:
         return []
     gaps = []
     for row in tomllib.loads(path.read_text()).get("gap", []):
-        if set(row) != {"test", "kind", "reason", "link"} or row["kind"] not in ("notyet", "never") or not row["reason"]:
-            raise pytest.UsageError(f"{path}: a gap has test, kind (notyet or never), reason and link; got {row}")
+        if (
+            set(row) != {"test", "kind", "reason", "link"}
+            or row["kind"] not in ("notyet", "never")
+            or not row["reason"]
+        ):
+            raise pytest.UsageError(
+                f"{path}: a gap has test, kind (notyet or never), reason and link; got {row}"
+            )
         if row["test"] not in suite_tests():
-            raise pytest.UsageError(f"{path}: the gap {row['test']!r} matches no test of the suite; remove it or correct its name")
+            raise pytest.UsageError(
+                f"{path}: the gap {row['test']!r} matches no test of the suite; remove it or correct its name"
+            )
         gaps.append(Gap(backend.name, **row))
     return gaps
 
@@ -121,7 +154,7 @@ def is_of_suite(path: Path) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames and is_of_suite(Path(str(metafunc.module.__file__))):
+    if "backend" in metafunc.fixturenames and is_of_suite(metafunc.definition.path):
         backends = selected(metafunc.config)
         metafunc.parametrize("backend", backends, ids=[backend.name for backend in backends])
 
@@ -172,7 +205,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
             report.longrepr = f"{item.nodeid} passed without comparing anything and without a refusal"
     if report.when == "call" or (report.when == "setup" and not report.passed):
         cell = Cell.of(report, LEDGER.as_dict() if report.when == "call" else {})
-        report.user_properties.append(("flexref", {"backend": backend.name, "test": row_of(item), **cell.as_dict()}))
+        report.user_properties.append(
+            ("flexref", {"backend": backend.name, "test": row_of(item), **cell.as_dict()})
+        )
     return report
 
 
@@ -181,10 +216,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.when == "setup":
         for key, value in report.user_properties:
             if key == "flexref":
-                _PENDING.append(dict(value))
+                _PENDING.append(value)
 
 
-_PENDING: list[dict] = []
+_PENDING: list[Any] = []
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -196,7 +231,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         matrix.add(row.pop("backend"), row.pop("test"), Cell(**row))
     _PENDING.clear()
     if path := config.getoption("--conformance-json"):
-        Path(path).write_text(json.dumps(matrix.as_dict(), indent=1) + "\n")
+        Path(str(path)).write_text(json.dumps(matrix.as_dict(), indent=1) + "\n")
     if matrix.faults() and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -1,4 +1,5 @@
 """Memory that nobody wrote is NaN: torch.empty, numpy.empty and their kin, filled while a backend runs."""
+
 from __future__ import annotations
 
 import functools

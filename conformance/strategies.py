@@ -2,16 +2,21 @@
 
 Everything drawn is text and numbers (see cases.py), so that hypothesis can shrink it and a person can read it.
 """
+
 from __future__ import annotations
+
+import re
 
 from hypothesis import strategies as st
 
-from flexref.conformance.cases import LAYOUTS, Blocks, Case
+from flexref.conformance.cases import Blocks, Case
+from flexref.conformance.layouts import LAYOUTS
 
 LENGTHS = (1, 2, 3, 5, 7, 13, 15, 16, 17, 23, 31, 32, 33, 48, 64, 65, 97, 113, 128, 129, 150)
 HEAD_DIMS = (1, 2, 3, 5, 8, 13, 16, 17, 24, 32, 33, 48, 64, 65, 80, 96, 128, 130)
 DTYPES = ("float32", "float32", "float64", "bfloat16", "float16")
 BLOCK_SIZES = ((16, 16), (16, 32), (32, 16), (10, 12), (7, 5), (64, 64), (128, 128), (1, 1))
+VALUES = ("normal", "normal", "normal", "integers", "large", "equal", "positive", "holes")
 POSITIONS = 40_000
 
 MASKS = (
@@ -38,7 +43,15 @@ MASKS = (
 )
 COMBINED = ("({x}) & ({y})", "({x}) | ({y})", "~({x})", "({x}) ^ ({y})", "torch.where({x}, {y}, kv_idx < 11)")
 
-SCORES = ("score", "score", "score * 0.5", "-score", "slope[h] * 2.0", "gain * kv_idx * 0.01", "bias[h, q_idx, kv_idx]")
+SCORES = (
+    "score",
+    "score",
+    "score * 0.5",
+    "-score",
+    "slope[h] * 2.0",
+    "gain * kv_idx * 0.01",
+    "bias[h, q_idx, kv_idx]",
+)
 STEPS = (
     "({s}) + slope[h] * (kv_idx - q_idx)",
     "({s}) - 0.1 * torch.abs(q_idx - kv_idx)",
@@ -104,7 +117,11 @@ def block_masks(draw, batch: int, heads: int, mask: str | None, by_hand: bool | 
 @st.composite
 def shapes(draw) -> dict:
     """Lengths, heads and batches, few enough positions for the reference to be quick."""
-    batch, kv_heads, group = draw(st.sampled_from((1, 1, 2, 3))), draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 2, 3)))
+    batch, kv_heads, group = (
+        draw(st.sampled_from((1, 1, 2, 3))),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from((1, 1, 2, 3))),
+    )
     room = POSITIONS // (batch * kv_heads * group)
     q_len = draw(st.sampled_from(LENGTHS))
     kv_len = draw(st.sampled_from([n for n in LENGTHS if n * q_len <= room] or [1]))
@@ -132,16 +149,21 @@ def cases(draw, gradients: bool = False, blocks: bool | None = None) -> Case:
     if gradients:
         every = ("query", "key", "value", "captured")
         wants = draw(st.sampled_from((every, every, every[:3], every[:1], every[1:2], every[2:3], every[3:])))
+    score = draw(st.none() | scores() if not gradients else st.one_of(st.none(), scores(), scores()))
+    values = draw(st.sampled_from(VALUES))
+    if values == "holes" and score and not re.search(r"\bscore\b", score):
+        # the slope of such a mod is 0, and what 0 times NaN is in a gradient no rule says
+        values = "normal"
     return Case(
         **shape,
         dtype=dtype,
         mask=mask,
         blocks=drawn,
-        score=draw(st.none() | scores() if not gradients else st.one_of(st.none(), scores(), scores())),
+        score=score,
         scale=draw(st.sampled_from((None, None, 1.0, 0.3, -0.5))),
         captured_dtype=draw(st.sampled_from(("float32", "float32", dtype, "float64"))),
-        layouts=tuple(draw(st.sampled_from(("plain", *LAYOUTS))) for _ in range(3)),  # type: ignore[arg-type]
-        values=draw(st.sampled_from(("normal", "normal", "normal", "integers", "large", "equal", "positive", "holes"))),
+        layouts=tuple(draw(st.sampled_from(("plain", *LAYOUTS))) for _ in range(3)),
+        values=values,
         wants=wants,
         loss=draw(st.sampled_from(("both", "out"))),
         max_scores=draw(st.integers(0, 3)) == 0,

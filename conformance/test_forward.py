@@ -1,4 +1,5 @@
 """Values: any problem at all, and the sizes at which kernels change their way."""
+
 from __future__ import annotations
 
 from hypothesis import given

@@ -1,4 +1,5 @@
 """Gradients of query, key, value and captured tensors: any problem, each input alone, and slopes that are hard."""
+
 from __future__ import annotations
 
 from hypothesis import given
@@ -18,7 +19,12 @@ def test_any_gradient(backend: Backend, case: Case):
 
 def test_each_input_alone(backend: Backend):
     for name in ALL:
-        check_case(backend, Case(q_len=20, kv_len=37, score="score + slope[h] * kv_idx", mask="q_idx >= kv_idx", wants=(name,)))
+        check_case(
+            backend,
+            Case(
+                q_len=20, kv_len=37, score="score + slope[h] * kv_idx", mask="q_idx >= kv_idx", wants=(name,)
+            ),
+        )
 
 
 def test_long_sums(backend: Backend):
@@ -28,15 +34,25 @@ def test_long_sums(backend: Backend):
 
 def test_repeated_reads_of_one_element(backend: Backend):
     # every position adds to the same few elements: lost updates show
-    check_case(backend, Case(q_len=65, kv_len=65, batch=2, kv_heads=2, score="score + rel[doc[kv_idx]]", wants=ALL))
+    check_case(
+        backend, Case(q_len=65, kv_len=65, batch=2, kv_heads=2, score="score + rel[doc[kv_idx]]", wants=ALL)
+    )
 
 
 def test_slopes_where_a_mod_bends(backend: Backend):
     # scores are small integers, exact in every type, and many of them lie on the bend
-    shape = dict(q_len=20, kv_len=33, head_dim=4, values="integers", scale=1.0, wants=ALL)
-    for score in ("torch.relu(score)", "torch.abs(score)", "torch.clamp(score, -2, 2)", "torch.where(score > 1.0, score, 0.5 * score)"):
-        check_case(backend, Case(**shape, score=score))
+    shape = Case(q_len=20, kv_len=33, head_dim=4, values="integers", scale=1.0, wants=ALL)
+    for score in (
+        "torch.relu(score)",
+        "torch.abs(score)",
+        "torch.clamp(score, -2, 2)",
+        "torch.where(score > 1.0, score, 0.5 * score)",
+    ):
+        check_case(backend, shape.but(score=score))
 
 
 def test_float64_captured_by_a_float32_problem(backend: Backend):
-    check_case(backend, Case(q_len=20, kv_len=33, captured_dtype="float64", score="score * gain + row[q_idx]", wants=ALL))
+    check_case(
+        backend,
+        Case(q_len=20, kv_len=33, captured_dtype="float64", score="score * gain + row[q_idx]", wants=ALL),
+    )

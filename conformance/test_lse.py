@@ -1,4 +1,5 @@
 """The logarithm of the sum of exponentials and the greatest score: values, and gradients through lse alone."""
+
 from __future__ import annotations
 
 from flexref.backend import Backend
@@ -10,7 +11,16 @@ ALL = ("query", "key", "captured")
 
 def test_gradient_through_lse_alone(backend: Backend):
     for dtype in ("float32", "float64", "bfloat16"):
-        case = Case(q_len=20, kv_len=37, kv_heads=2, group=2, dtype=dtype, score="score + bias[h, q_idx, kv_idx]", loss="lse", wants=ALL)
+        case = Case(
+            q_len=20,
+            kv_len=37,
+            kv_heads=2,
+            group=2,
+            dtype=dtype,
+            score="score + bias[h, q_idx, kv_idx]",
+            loss="lse",
+            wants=ALL,
+        )
         check_case(backend, case)
 
 
@@ -20,11 +30,22 @@ def test_value_gets_no_gradient_from_lse(backend: Backend):
 
 def test_max_scores_are_after_score_mod(backend: Backend):
     for score in ("score * -2.0", "score + slope[h]", "torch.where(kv_idx == 0, -inf, score)"):
-        check_case(backend, Case(q_len=20, kv_len=37, score=score, mask="q_idx + 1 >= kv_idx", max_scores=True))
+        check_case(
+            backend, Case(q_len=20, kv_len=37, score=score, mask="q_idx + 1 >= kv_idx", max_scores=True)
+        )
 
 
 def test_lse_of_listed_blocks(backend: Backend):
-    check_case(backend, Case(q_len=50, kv_len=70, mask="kv_idx % 2 == 0", blocks=Blocks((16, 16), by_hand=True), max_scores=True))
+    check_case(
+        backend,
+        Case(
+            q_len=50,
+            kv_len=70,
+            mask="kv_idx % 2 == 0",
+            blocks=Blocks((16, 16), by_hand=True),
+            max_scores=True,
+        ),
+    )
 
 
 def test_lse_far_from_zero(backend: Backend):

@@ -1,4 +1,5 @@
 """The suite itself is tested: a sound backend passes it, planted faults do not, and a run that compared nothing fails."""
+
 from __future__ import annotations
 
 import os
@@ -15,9 +16,10 @@ from flexref.conformance.cases import Case
 from flexref.conformance.checks import check_case, check_same_bits, run_case
 from flexref.conformance.ledger import LEDGER
 from flexref.conformance.matrix import Cell, Matrix
-from flexref.conformance.mutants import FAULTS, Tiled
+from flexref.conformance.mutants import FAULTS
 from flexref.conformance.poison import poisoned
 from flexref.conformance.strategies import cases
+from flexref.conformance.tiled import Tiled
 
 
 @given(case=cases(gradients=True))
@@ -34,6 +36,9 @@ def test_a_planted_fault_is_caught(fault: str):
 
 
 class _Refuses(Tiled):
+    def __init__(self):
+        super().__init__("always")
+
     def unsupported(self, problem):
         return ["no problem is small enough"]
 
@@ -69,21 +74,21 @@ def test_unwritten_memory_is_nan():
 
 
 def test_nothing_compared_is_a_fault():
-    matrix = Matrix(["a", "b"], asked=[])
+    matrix = Matrix(["a", "b"], asked=False)
     matrix.add("a", "test_x", Cell("pass", compared=2))
     matrix.add("b", "test_x", Cell("unavailable", "no GPU"))
     assert matrix.faults() == []
     matrix.add("b", "test_y", Cell("unsupported", "float64", refused=3))
     assert matrix.faults() == ["backend b: nothing was compared"]
 
-    asked = Matrix(["b"], asked=["b"])
+    asked = Matrix(["b"], asked=True)
     assert asked.faults() == ["backend b: no test of the suite was run"]
     asked.add("b", "test_x", Cell("unavailable", "no GPU"))
     assert asked.faults() == ["backend b: nothing was compared"]
 
 
 OUTSIDE = """
-from flexref.conformance.mutants import Tiled
+from flexref.conformance.tiled import Tiled
 import torch
 name, rank, options = "outside", 1, {{}}
 _sound = Tiled()
@@ -103,9 +108,19 @@ def _run(folder: Path, *arguments: str, gap: str = "", unavailable: str = "[]", 
     if gap:
         (package / "gaps.toml").write_text(GAP.format(gap))
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "flexref.conformance", "-p", "no:cacheprovider", "--backend=outside.engine", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "flexref.conformance",
+        "-p",
+        "no:cacheprovider",
+        "--backend=outside.engine",
+        *arguments,
+    ]
     paths = os.pathsep.join([str(folder), str(root), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
 
 
 def test_a_backend_from_outside(tmp_path):

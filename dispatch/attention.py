@@ -93,7 +93,7 @@ def flex_attention(
         raise refusal(problem, _choice(problem, wanted))
     output = attend(find_backends()[name], problem, tensors)
     if return_aux is not None:
-        return output.out, AuxOutput(output.lse if lse else None, output.max_scores)
+        return output.out, AuxOutput(output.lse if lse else None, output.max_scores if max_scores else None)
     return (output.out, output.lse) if return_lse else output.out
 
 
@@ -174,7 +174,7 @@ def _prepared(
         "need_max_scores": max_scores,
         "options": options,
     }
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         query, key, value = (_autocast(x, device) for x in (query, key, value))
         with torch.autocast(device, enabled=False):
             return *prepare(query, key, value, score_mod, block_mask, scale, enable_gqa, **arguments), wanted

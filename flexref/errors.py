@@ -23,3 +23,10 @@ class Unsupported(FlexrefError, NotImplementedError):
     def __init__(self, message: str, reasons: dict[str, list[str]] | None = None):
         super().__init__(message)
         self.reasons = reasons or {}
+
+def index_error(name: str, shape: tuple[int, ...], dim: int, value: int, where: str) -> IndexError:
+    """A captured tensor read out of range (R13): its name and shape, the dimension, the index, and the line of the mod."""
+    return IndexError(
+        f"the captured tensor {name} of shape {shape} is indexed with {value} in dimension {dim}, which has indices "
+        f"{-shape[dim]} to {shape[dim] - 1}, at {where}; clamp the index, or mask the position."
+    )

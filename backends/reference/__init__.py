@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from flexref.index_error import named_index_error
 from flexref.problem import Gradients, Output, Problem, Tensors
 from flexref.reference import Result, einsum
 
@@ -37,7 +38,11 @@ def unsupported(problem: Problem) -> list[str]:
 def forward(problem: Problem, tensors: Tensors) -> Output:
     """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type."""
     with torch.no_grad(), _no_autocast(tensors):
-        return Output(*_attend(tensors, tensors.query, tensors.key, tensors.value))
+        try:
+            result = _attend(tensors, tensors.query, tensors.key, tensors.value)
+        except IndexError as error:
+            raise named_index_error(problem, tensors) or error from None
+    return Output(_ordered_like(tensors.query, result.out), result.lse, result.max_scores)
 
 
 def backward(
@@ -55,7 +60,7 @@ def backward(
         pairs = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(_gradients(pairs, wanted))
-    grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+    grads = [_ordered_like(leaf, next(found)) if leaf.requires_grad else None for leaf in leaves]
     return Gradients(grads[0], grads[1], grads[2], tuple(grads[3:]))
 
 
@@ -63,6 +68,14 @@ def _attend(tensors: Tensors, query: Tensor, key: Tensor, value: Tensor) -> Resu
     block_mask = tensors.block_mask
     blocks = None if block_mask is None else block_mask.listed()
     return einsum(query, key, value, tensors.score_mod, tensors.mask_mod, scale=tensors.scale, blocks=blocks)
+
+
+def _ordered_like(like: Tensor, x: Tensor) -> Tensor:
+    """`x` with its dimensions in memory in the order of those of `like`."""
+    order = sorted(range(like.dim()), key=lambda i: (-like.stride(i), i))
+    if order == list(range(like.dim())):
+        return x.contiguous()
+    return x.permute(order).contiguous().permute(sorted(range(like.dim()), key=order.__getitem__))
 
 
 def _no_autocast(tensors: Tensors) -> torch.autocast:

@@ -32,59 +32,81 @@ class Case:
     additive: bool = True
 
 
+def relative(s, b, h, i, j):
+    """How far the key lies before the query is added."""
+    return s + (i - j)
+
+
+def alibi(heads: int) -> Callable[..., Tensor]:
+    """The distance is subtracted, times a slope of 2^(-8/H), 2^(-16/H), ... for the heads."""
+    return lambda s, b, h, i, j: s + torch.exp2(-8.0 * (h + 1) / heads).to(s.dtype) * (j - i)
+
+
+def capped(s, b, h, i, j):
+    """No score beyond CAP."""
+    return CAP * torch.tanh(s / CAP)
+
+
+def before(b, h, i, j):
+    """Causal."""
+    return j <= i
+
+
+def near(b, h, i, j):
+    """Causal, the last WINDOW keys."""
+    return (j <= i) & (i - j < WINDOW)
+
+
+def prefixed(length: int) -> Callable[..., Tensor]:
+    """Causal, and all see the first `length` keys."""
+    return lambda b, h, i, j: (j <= i) | (j < length)
+
+
+def same(lengths: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Query and key are of one document of a packed sequence."""
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return lambda b, h, i, j: ids[i] == ids[j]
+
+
+def real(lengths: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Neither query nor key is the padding of its document."""
+    at = torch.tensor(lengths)
+    return lambda b, h, i, j: (i < at[b]) & (j < at[b])
+
+
 def make_cases(packed: Inputs, batch: Inputs) -> list[Case]:
     """Every variant of the FlexAttention article and two combinations; all but the ragged batch on `packed`."""
     heads, length = packed.query.shape[1:3]
     prefix = length // 16
-    ids = torch.repeat_interleave(torch.arange(len(packed.lengths)), torch.tensor(packed.lengths))
-    lengths = torch.tensor(batch.lengths)
-    alibi = score_mods.alibi(heads)
-    document = masks.document(ids)
-    window = masks.sliding_window(WINDOW)
-
-    def biased(s, b, h, i, j):
-        return s + torch.exp2(-8.0 * (h + 1) / heads).to(s.dtype) * (j - i)
-
-    def capped(s, b, h, i, j):
-        return CAP * torch.tanh(s / CAP)
-
-    def before(b, h, i, j):
-        return j <= i
-
-    def near(b, h, i, j):
-        return (j <= i) & (i - j < WINDOW)
-
-    def same(b, h, i, j):
-        return ids[i] == ids[j]
-
-    def real(b, h, i, j):
-        return (i < lengths[b]) & (j < lengths[b])
+    biased, together = alibi(heads), same(packed.lengths)
+    slopes, cap = score_mods.alibi(heads), score_mods.soft_cap(CAP)
+    document, window = masks.document(masks.document_ids(list(packed.lengths))), masks.sliding_window(WINDOW)
 
     def case(name: str, **parts) -> Case:
         return Case(name, packed, **parts)
 
     return [
         case("full"),
-        case("relative position", score_mod=score_mods.relative_position, score=lambda s, b, h, i, j: s + (i - j)),
-        case("ALiBi", score_mod=alibi, score=biased),
-        case("soft-capping", score_mod=score_mods.soft_cap(CAP), score=capped, additive=False),
+        case("relative position", score_mod=score_mods.relative_position, score=relative),
+        case("ALiBi", score_mod=slopes, score=biased),
+        case("soft-capping", score_mod=cap, score=capped, additive=False),
         case("causal by score_mod", score_mod=score_mods.causal, allowed=before),
         case("causal by mask", mask_mod=masks.causal, allowed=before),
         case("sliding window + causal", mask_mod=window, allowed=near),
-        case("PrefixLM", mask_mod=masks.prefix_lm(prefix), allowed=lambda b, h, i, j: (j <= i) | (j < prefix)),
-        case("document mask", mask_mod=document, allowed=same),
-        Case("ragged batch", batch, mask_mod=masks.padded(lengths, lengths), allowed=real),
+        case("PrefixLM", mask_mod=masks.prefix_lm(prefix), allowed=prefixed(prefix)),
+        case("document mask", mask_mod=document, allowed=together),
+        Case("ragged batch", batch, mask_mod=masks.padded(torch.tensor(batch.lengths)), allowed=real(batch.lengths)),
         case(
             "window + document + causal",
             mask_mod=masks.and_masks(window, document),
-            allowed=lambda *at: near(*at) & same(*at),
+            allowed=lambda *at: near(*at) & together(*at),
         ),
         case(
             "soft-cap + ALiBi + document",
-            score_mod=score_mods.compose(score_mods.soft_cap(CAP), alibi),
+            score_mod=score_mods.compose(cap, slopes),
             mask_mod=document,
             score=lambda s, *at: biased(capped(s, *at), *at),
-            allowed=same,
+            allowed=together,
             additive=False,
         ),
     ]
@@ -103,13 +125,11 @@ def sdpa_mask(case: Case) -> Tensor | None:
     # a few rows at a time: the 64-bit indices would need many times the memory of the mask
     for rows in torch.arange(length).split(256):
         i = rows[:, None]
+        allowed = True if case.allowed is None else case.allowed(b, h, i, j)
+        part = allowed
         if case.score:
-            part = case.score(torch.zeros(()), b, h, i, j).expand(*shape[:2], len(rows), length)
-            if case.allowed:
-                part = part.masked_fill(~case.allowed(b, h, i, j), -torch.inf)
-        else:
-            assert case.allowed is not None
-            part = case.allowed(b, h, i, j)
+            part = case.score(torch.zeros(()), b, h, i, j)
+            part = torch.where(torch.as_tensor(allowed), part, -torch.inf)
         dense[:, :, rows[0] : rows[-1] + 1] = part
     return dense
 

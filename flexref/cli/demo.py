@@ -6,11 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     console.print(picture)
     wrong = [row for row in rows if row.verdict.complaint]
     for row in wrong:
-        console.print(f"[red]over budget[/red]: {row.case.name}: {row.verdict.complaint}")
+        console.print(f"[red]over budget[/red]: {row.case.name}: {escape(row.verdict.complaint)}")
     return 1 if wrong else 0
 
 
@@ -78,7 +80,7 @@ def _measure(case: Case, options: argparse.Namespace, step: Callable[[str], None
     if case.mask_mod is not None:
         sizes = query.shape[0], None, query.shape[2], key.shape[2]
         block_mask = flexref.create_block_mask(case.mask_mod, *sizes, device="cpu")
-    arguments = {"score_mod": case.score_mod, "block_mask": block_mask, "backend": options.backend}
+    arguments: dict[str, Any] = {"score_mod": case.score_mod, "block_mask": block_mask, "backend": options.backend}
 
     step(f"{case.name}: flexref")
     seconds, out = _best(lambda: flexref.flex_attention(query, key, value, **arguments))
@@ -105,7 +107,7 @@ def _best(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
 
 def _time_sdpa(case: Case) -> float | str:
     if not case.additive:
-        return "not a bias"
+        return "-"
     if sdpa_bytes(case) > 0.6 * _free_memory():
         return "no memory"
     query, key, value, _ = case.inputs
@@ -135,11 +137,12 @@ def _progress(console: Console) -> Progress:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title="ratio: SDPA's time over flexref's. budget: worst error over what is allowed, at most 1")
-    for name in ("variant", "backend"):
-        table.add_column(name)
-    for name in ("sparsity", "time", "SDPA dense", "ratio", "worst error", "budget"):
-        table.add_column(name, justify="right")
+    caption = "ratio: SDPA's time over flexref's; -: SDPA cannot express it. budget: the worst error's share of what is allowed"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
+    table.add_column("variant")
+    table.add_column("backend", no_wrap=True)
+    for name in ("sparsity", "time", "SDPA", "ratio", "error", "budget"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         sdpa = row.sdpa if isinstance(row.sdpa, str) else f"{row.sdpa * 1e3:.0f} ms"
         ratio = "" if isinstance(row.sdpa, str) else f"{row.sdpa / row.seconds:.2f}"
@@ -151,6 +154,6 @@ def _table(rows: list[Row]) -> Table:
             sdpa,
             ratio,
             f"{row.verdict.error:.1e}",
-            "[red]OVER[/red]" if row.verdict.complaint else f"{row.verdict.ratio:.2f}",
+            "[red]OVER[/red]" if row.verdict.complaint else f"{row.verdict.ratio:.0%}",
         )
     return table

@@ -25,10 +25,10 @@ def draw(cases: list[Case], folder: Path) -> str:
     axes = figure.subplots(rows, 2 * columns).reshape(rows * columns, 2)
     for (left, right), case in zip(axes, cases, strict=False):
         length = case.inputs.query.shape[2]
-        left.imshow(allowed_share(case), cmap="Blues", vmin=0, vmax=1, extent=(0, length, length, 0))
+        left.imshow(allowed_share(case).numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, length, length, 0))
         left.set_title(case.name, fontsize=10, loc="left")
         crop = min(CROP, length)
-        image = right.imshow(scores(case, crop), cmap="viridis", extent=(0, crop, crop, 0))
+        image = right.imshow(scores(case, crop).numpy(), cmap="viridis", extent=(0, crop, crop, 0))
         right.set_title(f"scores, first {crop}", fontsize=8, loc="left")
         figure.colorbar(image, ax=right, shrink=0.8).ax.tick_params(labelsize=6)
         for axis in (left, right):

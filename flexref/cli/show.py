@@ -9,11 +9,13 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import flexref
 from flexref.backend import find_backends
+from flexref.problem import Capture
 from flexref.program.derive import derive
 from flexref.program.emitter import Emitter
 from flexref.program.ir import INPUT_TYPES, Graph
@@ -55,7 +57,10 @@ def sections(mod: Callable, kind: str, traced: Traced, options: argparse.Namespa
         wanted = tuple(i for i in traced.graph.loads if traced.graph.nodes[i].type == "float")
         graphs["derivative"] = derive(traced.graph, wanted)
         yield "derivative (each output times grad, which is d loss / d out)", str(graphs["derivative"])
-    for name, emitter in emitters().items():
+    captures = tuple(
+        Capture(name, x.dtype, tuple(x.shape)) for name, x in zip(traced.names, traced.captured, strict=True)
+    )
+    for name, emitter in emitters(captures).items():
         for part, graph in graphs.items():
             yield f"{name}{' ' + part if part else ''}", source(emitter, graph)
     yield "verdicts", _verdicts(mod, kind, options)
@@ -114,7 +119,7 @@ def kind_of(mod: Callable) -> str:
     return kinds[count]
 
 
-def emitters() -> dict[str, Emitter]:
+def emitters(captures: tuple[Capture, ...]) -> dict[str, Emitter]:
     """An emitter of each backend that has one, by the backend's name."""
     found = {}
     for name, backend in find_backends().items():
@@ -124,8 +129,14 @@ def emitters() -> dict[str, Emitter]:
         except ModuleNotFoundError:
             present = None
         if present is not None:
-            found[name] = table_of(importlib.import_module(place))()
+            found[name] = _made(table_of(importlib.import_module(place)), captures)
     return found
+
+
+def _made(table: type[Emitter], captures: tuple[Capture, ...]) -> Emitter:
+    """An emitter is made of the captures; whatever else it may be told is known about a problem, and none is known here."""
+    facts = list(inspect.signature(table).parameters)[1:]
+    return table(captures, *(frozenset() for _ in facts)) if inspect.signature(table).parameters else table()  # type: ignore[call-arg]
 
 
 def table_of(module) -> type[Emitter]:
@@ -161,7 +172,8 @@ def _with_captures(traced: Traced) -> str:
 def _verdicts(mod: Callable, kind: str, options: argparse.Namespace) -> str:
     shape = [int(n) for n in options.shape.split(",")]
     query = torch.zeros(shape, dtype=getattr(torch, options.dtype), device=options.device, requires_grad=True)
+    mods: dict[str, Any] = {f"{kind}_mod": mod}
     try:
-        return str(flexref.explain(query, query, query, **{f"{kind}_mod": mod}))
+        return str(flexref.explain(query, query, query, **mods))
     except (ValueError, TypeError, IndexError) as error:
         return f"none for query {tuple(shape)}: {error}"

@@ -130,11 +130,7 @@ def partial(part) -> TraceError:
 def check_index(fn: Callable, kind: str, tensor: Tensor, items: tuple[Any, ...], name: str) -> None:
     """Raise TraceError for an index that does not pick one element: a slice, None, a float, a bool, too many."""
     for item in items:
-        if isinstance(item, Tensor):
-            integer = item.dim() == 0 and not item.dtype.is_floating_point and item.dtype != torch.bool
-        else:
-            integer = isinstance(item, int) and not isinstance(item, bool)
-        if not integer:
+        if not _one_integer(item):
             shown = f"{item.dtype} tensor of shape {tuple(item.shape)}" if isinstance(item, Tensor) else repr(item)
             raise TraceError(
                 f"{kind}_mod {label(fn)} indexes the captured tensor {name} with {shown}, at {user_line(fn)}. Rule: an index is "
@@ -145,6 +141,12 @@ def check_index(fn: Callable, kind: str, tensor: Tensor, items: tuple[Any, ...],
             f"{kind}_mod {label(fn)} indexes the captured tensor {name} of shape {tuple(tensor.shape)} with "
             f"{len(items)} indices, at {user_line(fn)}; it has {tensor.dim()} dimensions."
         )
+
+
+def _one_integer(item: Any) -> bool:
+    if isinstance(item, Tensor):
+        return item.dim() == 0 and not item.dtype.is_floating_point and item.dtype != torch.bool
+    return isinstance(item, int) and not isinstance(item, bool)
 
 
 def check_captured(fn: Callable, kind: str, tensor: Tensor, name: str) -> None:

@@ -44,13 +44,13 @@ def plain_call(func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         name = name[1:] if reflected else name
     if name in _CONVERSIONS and len(args) == 1 and not kwargs:
         return _converted(args[0], _CONVERSIONS[name])
-    if name == "to" and len(args) == 2 and isinstance(args[1], torch.dtype) and not kwargs:
-        return _converted(args[0], args[1])
+    if name == "to" and len(args) == 2 and isinstance(args[-1], torch.dtype) and not kwargs:
+        return _converted(args[0], args[-1])
     name = _SPELLINGS.get(name, name)
     if name not in _PLAIN or not kwargs.keys() <= _KEYWORDS:
         return None
     if reflected:
-        return apply(name, lambda a, b: func(b, a), (args[1], args[0]), kwargs)
+        return apply(name, lambda a, b: func(b, a), tuple(reversed(args)), kwargs)
     return apply(name, func, args, kwargs)
 
 

@@ -8,7 +8,7 @@ with `ld` numbers a row, are kv positions `kv0 + row`; its first `n` columns are
 """
 from __future__ import annotations
 
-from collections import namedtuple
+from types import ModuleType
 
 TENSORS = ("q", "k", "v", "o", "g", "dq", "dk", "dv")
 SCRATCH = (
@@ -30,5 +30,14 @@ _TILE = (
     "accumulators", "error", "error_load", "error_dim", "error_index",
 )  # fmt: skip
 
-P = namedtuple("P", _PARAMS)(*range(len(_PARAMS)))  # type: ignore[call-arg]
-T = namedtuple("T", _TILE)(*range(len(_TILE)))  # type: ignore[call-arg]
+
+
+def _constants(name: str, fields: tuple[str, ...]) -> ModuleType:
+    """A module of numbers: Numba compiles `module.name` to a plain constant, and a tuple to hundreds of steps."""
+    module = ModuleType(name)
+    vars(module).update(zip(fields, range(len(fields)), strict=True))
+    return module
+
+
+P, P_SIZE = _constants("P", _PARAMS), len(_PARAMS)
+T, T_SIZE = _constants("T", _TILE), len(_TILE)

@@ -82,6 +82,19 @@ def from_bits(typingctx, x):
     return result(x), codegen
 
 
+@intrinsic
+def select(typingctx, condition, yes, no):
+    """`yes if condition else no` without a branch, for two numbers of one kind; the wider type wins."""
+    result = typingctx.unify_types(yes, no)
+
+    def codegen(context, builder, signature, args):
+        taken = builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, 0))
+        values = [context.cast(builder, x, kind, result) for x, kind in zip(args[1:], (yes, no), strict=True)]
+        return builder.select(taken, *values)
+
+    return result(condition, yes, no), codegen
+
+
 def _reader(kind, result, convert):
     def read(typingctx, address, index):
         def codegen(context, builder, signature, args):

@@ -1,0 +1,159 @@
+"""Compiled kernels: from memory, else from the user's cache folder, else from Numba.
+
+A kernel is kept as the object file that LLVM made of it, beside its generated source. A process that finds it there loads
+it with LLVM's linker and never imports Numba.
+"""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import stat
+import tempfile
+import threading
+import types
+import warnings
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+_lock = threading.RLock()
+_loaded: dict[str, int] = {}
+_linkers: list = []
+_MAGIC = b"flexref kernel 1\n"
+
+
+class CacheWarning(UserWarning):
+    """The cache folder cannot be used; kernels are compiled again in each process."""
+
+
+def address_of(name: str, source: str) -> int:
+    """The address of the function `name`, with two int64 arguments, of a filled kernel source. Safe from several threads."""
+    key = hashlib.sha256("\n".join((name, source, *_fingerprint())).encode()).hexdigest()[:32]
+    address = _loaded.get(key)
+    if address is None:
+        with _lock:
+            address = _loaded.get(key) or _load_or_compile(f"{name}_{key}", name, source)
+            _loaded[key] = address
+    return address
+
+
+def _load_or_compile(stem: str, name: str, source: str) -> int:
+    directory = folder()
+    path = None if directory is None else directory / f"{stem}.o"
+    if path is not None and path.exists():
+        try:
+            return _link(*_read(path))
+        except Exception as error:
+            warnings.warn(f"{path} is damaged ({error}); it is made again.", CacheWarning, stacklevel=2)
+    from flexref.backends.numba_cpu import compiler
+
+    symbol, code = compiler.compile_source(name, source, str(path.with_suffix(".py")) if path else f"<{stem}>")
+    if path is not None:
+        _write(path.with_suffix(".py"), source.encode())
+        digest = hashlib.sha256(code).digest()
+        _write(path, _MAGIC + symbol.encode() + b"\n" + digest + code)
+    return _link(symbol, code)
+
+
+def _read(path: Path) -> tuple[str, bytes]:
+    content = path.read_bytes()
+    if not content.startswith(_MAGIC):
+        raise ValueError("it is no kernel")
+    symbol, _, rest = content[len(_MAGIC) :].partition(b"\n")
+    if hashlib.sha256(rest[32:]).digest() != rest[:32]:
+        raise ValueError("its checksum is wrong")
+    return symbol.decode(), rest[32:]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Another process sees either the old file or the whole new one."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error}).", CacheWarning, stacklevel=2)
+
+
+def _link(symbol: str, code: bytes) -> int:
+    import llvmlite.binding as llvm
+
+    linker = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
+    linker.add_object_file(llvm.ObjectFileRef.from_data(code))
+    linker.finalize_object()
+    _linkers.append(linker)
+    address = linker.get_function_address(symbol)
+    if not address:
+        raise ValueError(f"it has no function {symbol}")
+    return address
+
+
+def target_machine():
+    """LLVM's description of this machine's processor."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    features = llvm.get_host_cpu_features().flatten()
+    return target.create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    )
+
+
+@cache
+def _fingerprint() -> tuple[str, ...]:
+    """What an object file depends on beside its source."""
+    import llvmlite.binding as llvm
+
+    kernels = Path(__file__).parent / "kernels"
+    sources = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(kernels.glob("*.py")))).hexdigest()
+    processor = llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
+    return sources, processor, version("numba"), version("llvmlite")
+
+
+def folder() -> Path | None:
+    """FLEXREF_CACHE or the user's cache folder, made private; None, with a warning, if another user could write there."""
+    return _checked_folder(os.environ.get("FLEXREF_CACHE") or _default_folder())
+
+
+def _default_folder() -> str:
+    from platformdirs import user_cache_dir
+
+    return user_cache_dir("flexref", appauthor=False)
+
+
+@cache
+def _checked_folder(name: str) -> Path | None:
+    path = Path(name).expanduser() / "numba_cpu"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.mkdir(exist_ok=True, mode=0o700)
+        status = path.stat()
+    except OSError as error:
+        warnings.warn(f"the cache folder {path} cannot be made ({error}); set FLEXREF_CACHE.", CacheWarning, stacklevel=2)
+        return None
+    foreign = hasattr(os, "getuid") and status.st_uid != os.getuid()
+    if foreign or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        text = f"the cache folder {path} belongs to another user or is writable by others, so it is not used; set FLEXREF_CACHE."
+        warnings.warn(text, CacheWarning, stacklevel=2)
+        return None
+    return path
+
+
+_Kernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+def callable_at(address: int):
+    """A driver as a Python function of (params, worker); the interpreter's lock is released while it runs."""
+    function = _Kernel(address)
+    unused = (ctypes.c_int64 * 2)()
+    place = ctypes.addressof(unused)
+
+    def run(params: int, worker: int) -> None:
+        function(place, place, params, worker)
+
+    run.keep = types.SimpleNamespace(unused=unused)  # type: ignore[attr-defined]
+    return run

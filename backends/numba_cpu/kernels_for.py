@@ -1,0 +1,162 @@
+"""The kernels of a problem: which sources it needs, what goes into their holes, and their addresses."""
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from flexref.backends.numba_cpu.cache import address_of
+from flexref.backends.numba_cpu.emitter import NumbaEmitter
+from flexref.problem import Capture, Problem
+from flexref.program.derive import derive
+from flexref.program.intervals import evaluate_intervals, index_ranges, interval
+from flexref.program.ir import Graph
+from flexref.program.template import fill
+
+_SOURCES = Path(__file__).parent / "kernels"
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+_WIDEST_INT = 2**31 - 1
+
+
+def driver(direction: str, problem: Problem) -> int:
+    """The address of the forward or the backward driver, which depends on the dtypes alone."""
+    return _driver(direction, problem.dtype, problem.key_dtype, problem.value_dtype)
+
+
+@lru_cache(maxsize=256)
+def _driver(direction: str, dtype: torch.dtype, key_dtype: torch.dtype, value_dtype: torch.dtype) -> int:
+    real = "float64" if dtype == torch.float64 else "float32"
+    letters = {"q": _NAMES[dtype], "k": _NAMES[key_dtype], "v": _NAMES[value_dtype]}
+    machine = "from flexref.backends.numba_cpu.kernels.machine import"
+    lines = [f"{machine} read_{name} as read_{letter}" for letter, name in letters.items()]
+    lines += [
+        f"{machine} write_{letters['q']} as write_o",
+        f"from flexref.backends.numba_cpu.kernels.maths import exp2_small_{real} as exp2",
+        f"real, BYTES, Q_BYTES = {real}, {8 if real == 'float64' else 4}, {dtype.itemsize}",
+        f"K_BYTES, V_BYTES = {key_dtype.itemsize}, {value_dtype.itemsize}",
+        f"K_IN_PLACE, V_IN_PLACE = {letters['k'] == real}, {letters['v'] == real}",
+    ]
+    return address_of(direction, fill(_source(direction), {"types": lines}))
+
+
+def tiles(problem: Problem, scalars: tuple[int | float, ...], backward: bool) -> dict[str, int]:
+    """The addresses of the problem's tile functions: mask_tile, score_tile or grad_tile; 0 for one that it has no use for."""
+    return {name: address_of(name, source) for name, source in tile_sources(problem, scalars, backward).items()}
+
+
+def tile_sources(problem: Problem, scalars: tuple[int | float, ...] = (), backward: bool = False) -> dict[str, str]:
+    """The filled source of each tile function of a problem."""
+    sources = {}
+    if problem.mask is not None:
+        holes = _Holes(problem, problem.mask, scalars)
+        lines, outputs = holes.emit(problem.mask, "m")
+        sources["mask_tile"] = holes.fill("mask_tile", {"mask_mod": [*lines, f"mask = {outputs['out']}"]})
+    if problem.score is not None and not backward:
+        holes = _Holes(problem, problem.score, scalars)
+        lines, outputs = holes.emit(problem.score, "v")
+        concerned = ["concerned = (masked == 0) | (live[j * ld + i] != 0)"] if holes.checks else []
+        body = [*lines, f"modified = {outputs['out']}"]
+        sources["score_tile"] = holes.fill("score_tile", {"score_mod": body, "concerned": concerned})
+    if problem.score is not None and backward:
+        sources["grad_tile"] = _grad_source(problem, problem.score, scalars)
+    return sources
+
+
+def _grad_source(problem: Problem, graph: Graph, scalars: tuple[int | float, ...]) -> str:
+    wanted = tuple(i for i in graph.loads if problem.captures[int(graph.nodes[i].attr)].needs_grad)  # type: ignore[arg-type]
+    derivative = derive(graph, wanted)
+    holes = _Holes(problem, graph, scalars, derivative)
+    score, outputs = holes.emit(graph, "v")
+    lines, results = holes.emit(derivative, "d", known=graph)
+    scatter = []
+    starts = accumulator_starts(problem.captures)
+    for name, result in results.items():
+        if name != "score":
+            node = derivative.nodes[int(name.removeprefix("load"))]
+            place = holes.flat_index(name.removeprefix("load"), node, starts[int(node.attr)])  # type: ignore[arg-type]
+            scatter.append(f"accumulators[{place}] += float64(select(seen, {result}, real(0)))")
+    body = {
+        "score_mod": [*score, f"modified = real({outputs['out']})"],
+        "derivative": [*lines, f"d_score = {results['score']}"],
+        "d_captured": scatter,
+    }
+    return holes.fill("grad_tile", body)
+
+
+def accumulator_starts(captures: tuple[Capture, ...]) -> list[int]:
+    """Where each captured tensor's gradient starts among the float64 accumulators; the last entry is how many there are."""
+    starts = [0]
+    for capture in captures:
+        count = 1
+        for size in capture.shape:
+            count *= size
+        starts.append(starts[-1] + (count if capture.needs_grad else 0))
+    return starts
+
+
+class _Holes:
+    """One kernel's emitter, made for what interval analysis proves of this problem's programs."""
+
+    def __init__(self, problem: Problem, *graphs_and_scalars):
+        self.problem = problem
+        self.graphs = [g for g in graphs_and_scalars if isinstance(g, Graph)]
+        self.scalars = next(x for x in graphs_and_scalars if isinstance(x, tuple))
+        self.small_index = max(problem.q_len, problem.kv_len) < _WIDEST_INT
+        self.checks = False
+
+    def emit(self, graph: Graph, prefix: str, known: Graph | None = None) -> tuple[list[str], dict[str, str]]:
+        extents = {
+            "b": self.problem.batch,
+            "h": self.problem.q_heads,
+            "q_idx": self.problem.q_len,
+            "kv_idx": self.problem.kv_len,
+        }
+        safe = set()
+        for position, ranges in index_ranges(graph, extents).items():
+            shape = self.problem.captures[int(graph.nodes[position].attr)].shape  # type: ignore[arg-type]
+            safe |= {(position, d) for d, (low, high) in enumerate(ranges) if 0 <= low and high < shape[d]}
+            self.checks |= len([d for p, d in safe if p == position]) < len(shape)
+        emitter = NumbaEmitter(self.problem.captures, _small(graph, extents), frozenset(safe))
+        inputs = {"score": "score", "grad": "grad", "b": "b", "h": "h", "q_idx": "q_idx", "kv_idx": "kv_idx"}
+        return emitter.emit(graph, prefix, inputs)
+
+    def flat_index(self, position: str, node, start: int) -> str:
+        """The place of a load's element among the accumulators, from the indices that its own lines made."""
+        shape = self.problem.captures[int(node.attr)].shape
+        place = str(start)
+        step = 1
+        for dim in reversed(range(len(shape))):
+            place += f" + d{position}_{dim} * {step}"
+            step *= shape[dim]
+        return place
+
+    def fill(self, name: str, holes: dict[str, list[str]]) -> str:
+        real = "float64" if self.problem.dtype == torch.float64 else "float32"
+        types = [f"real, INDEX = {real}, {'int32' if self.small_index else 'int64'}"]
+        if name == "grad_tile":
+            types.append(f"from flexref.backends.numba_cpu.kernels.maths import exp2_small_{real} as exp2")
+        buffers = sorted({int(g.nodes[i].attr) for g in self.graphs for i in g.loads})  # type: ignore[arg-type]
+        opening = NumbaEmitter(self.problem.captures, frozenset(), frozenset()).opening(buffers)
+        return fill(_source(name), {"types": types, "captured": opening, **holes})
+
+
+@lru_cache(maxsize=512)
+def _small_cached(graph: Graph, extents: tuple[tuple[str, int], ...]) -> frozenset[int]:
+    inputs = {name: interval(0.0, max(extent - 1.0, 0.0)) for name, extent in extents}
+    wide = interval(-float("inf"), float("inf"))
+    # a captured number is another one at the next call, so nothing is known of it here
+    scalars = [float("nan")] * len(graph.nodes)
+    ranges = evaluate_intervals(graph, inputs, lambda node, indices: wide, scalars)
+    fits = {i for i, x in enumerate(ranges) if float(x.low) >= -_WIDEST_INT and float(x.high) <= _WIDEST_INT}
+    return frozenset(i for i in fits if graph.nodes[i].type == "int" and graph.nodes[i].op not in ("load", "scalar"))
+
+
+def _small(graph: Graph, extents: dict[str, int]) -> frozenset[int]:
+    """The int nodes whose values fit 32 bits whatever the captured tensors and numbers are."""
+    return _small_cached(graph, tuple(extents.items()))
+
+
+@lru_cache(maxsize=16)
+def _source(name: str) -> str:
+    return (_SOURCES / f"{name}.py").read_text()

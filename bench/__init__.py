@@ -1,0 +1,1 @@
+"""Measures flexref beside torch in the same run. `python -m bench.run`."""

@@ -1,0 +1,44 @@
+"""What a dtype's rounding is, in the symbols of compare.py."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rounding(NamedTuple):
+    """u and w of compare.py's derivation for one query dtype; `tiny`: the smallest step of a half-precision operand."""
+
+    acc: torch.dtype
+    u: float
+    w: float
+    tiny: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Rounding:
+        half = dtype in (torch.float16, torch.bfloat16)
+        acc = torch.float32 if half else dtype
+        u = half_ulp(acc) + half_ulp(torch.float64)
+        return cls(acc, u, half_ulp(dtype), smallest(dtype)) if half else cls(acc, u, 0.0, 0.0)
+
+    def total(self, n: int) -> float:
+        """g(n): the error of a sum of n terms, relative to the sum of their magnitudes."""
+        return self.u * (2 * math.sqrt(n) + 2)
+
+
+def half_ulp(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest step of a dtype; the smallest normal number of float32, whose smaller ones hardware may flush."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal * (info.eps if dtype in (torch.float16, torch.bfloat16) else 1.0)
+
+
+def finite(x: Tensor) -> Tensor:
+    """In float64, with 0 for NaN and infinities."""
+    return torch.nan_to_num(x.detach().to(torch.float64), 0.0, 0.0, 0.0)

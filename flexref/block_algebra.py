@@ -1,0 +1,134 @@
+"""What can be done with whole block lists: combine, invert, crop, slice, compare with a mask_mod.
+
+The mask_mod is asked only where the kinds of the blocks leave the answer open.
+"""
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from flexref.block_build import Decider, build
+from flexref.block_lists import FULL, PARTIAL, Grid, Lists, broadcast, collect, expand, take_rows
+from flexref.mask_mods import Constant, Listed, Offset, Table
+from flexref.mod_objects import CallableMod, name_of
+
+
+def common_grid(a: Grid, b: Grid) -> Grid:
+    """The grid of two masks together: alike, but B and H may be 1 in one of them. Raises ValueError."""
+    for name in a._fields:
+        x, y = getattr(a, name), getattr(b, name)
+        either = name in ("B", "H")
+        if x != y and not (either and 1 in (x, y)):
+            rule = "equal, or 1 in one of them" if either else "equal"
+            raise ValueError(f"cannot combine BlockMasks whose {name} is {x} and {y}: it must be {rule}")
+    return a._replace(B=b.B if a.B == 1 else a.B, H=b.H if a.H == 1 else a.H)
+
+
+def combine(op: str, masks: Iterable[tuple[Lists, Grid]], mod: Callable, grid: Grid, device: torch.device) -> Lists:
+    """The lists of `mod`, which is the "and" or the "or" of two masks, on their common grid."""
+    a, b = (broadcast(lists, own, grid) for lists, own in masks)
+    decide = Decider(mod, grid, device)
+    kind_of = torch.minimum if op == "and" else torch.maximum
+
+    def kinds() -> Iterator[Tensor]:
+        for first, last in grid.strips():
+            ka, kb = (expand(lists, first, last, grid.columns) for lists in (a, b))
+            yield decide(kind_of(ka, kb), first, (ka == PARTIAL) & (kb == PARTIAL))
+
+    with torch.no_grad():
+        return collect(kinds(), device)
+
+
+def invert(lists: Lists, grid: Grid, device: torch.device) -> Lists:
+    """Empty becomes full, full becomes empty, partial stays."""
+    return collect((FULL - expand(lists, *ends, grid.columns) for ends in grid.strips()), device)
+
+
+def unseparated(lists: Lists, grid: Grid, device: torch.device) -> Lists:
+    """Full blocks listed as partial ones, which changes no meaning."""
+    return collect((expand(lists, *ends, grid.columns).clamp(max=PARTIAL) for ends in grid.strips()), device)
+
+
+def crop(lists: Lists, old: Grid, new: Grid, device: torch.device) -> Lists:
+    """The upper left part; a block that was listed stays listed."""
+    rows = torch.arange(old.flat_rows, device=device).reshape(old.B * old.H, old.rows)[:, : new.rows]
+    lists = take_rows(lists, rows.reshape(-1))
+    return collect((expand(lists, *ends, old.columns)[:, : new.columns] for ends in new.strips()), device)
+
+
+def disagreement(lists: Lists, mod: Callable, grid: Grid, device: torch.device) -> str | None:
+    """Where the lists allow something else than `mod` does, in words; None if nowhere. A partial block may be anything."""
+    truth = build(mod, grid, device)
+    for first, last in grid.strips():
+        said, true = (expand(x, first, last, grid.columns) for x in (lists, truth))
+        wrong = ((said != PARTIAL) & (said != true)).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            is_full = int(said[row, column]) == FULL
+            bh, row = divmod(row + first, grid.rows)
+            says, does = ("is listed full", "masks") if is_full else ("is not listed", "allows")
+            return (
+                f"block (b={bh // grid.H}, h={bh % grid.H}) row {row}, column {column} {says}, "
+                f"but mask_mod {name_of(mod)} {does} positions in it"
+            )
+    return None
+
+
+def listed_mod(lists: Lists, mod: Callable, grid: Grid) -> Listed:
+    """The lists and `mod` as one mask_mod."""
+    kinds = expand(lists, 0, grid.flat_rows, grid.columns).reshape(grid.B, grid.H, grid.rows, grid.columns)
+    return Listed(kinds, grid.q_block, grid.kv_block, mod)
+
+
+def picked(index: object, size: int, name: str) -> list[int]:
+    """What an index selects along a dimension: an int, a slice, or a sequence or 1-D tensor of ints.
+
+    Raises TypeError for another index, IndexError for one out of range.
+    """
+    if isinstance(index, slice):
+        return list(range(*index.indices(size)))
+    if isinstance(index, Tensor):
+        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex() or index.dim() > 1:
+            got = f"{index.dtype} of shape {tuple(index.shape)}"
+            raise TypeError(f"the index of {name} must be an int, a slice or a 1-D tensor of ints, got {got}")
+        index = index.tolist()
+    found = []
+    for i in index if isinstance(index, Iterable) else [index]:
+        if isinstance(i, bool) or not hasattr(i, "__index__"):
+            raise TypeError(f"the index of {name} must be an int, a slice or ints, got {type(i).__name__}")
+        at = operator.index(i)  # type: ignore[arg-type]
+        if not -size <= at < size:
+            raise IndexError(f"index {at} of {name} is out of range: there are {size}")
+        found.append(at % size)
+    return found
+
+
+def selection(chosen: list[int], size: int, device: torch.device) -> CallableMod | None:
+    """Which batch, or head, each of a slice stands for; None for all as they are."""
+    if not chosen or chosen == list(range(size)):
+        return None
+    if len(chosen) == 1:
+        # a mask of one batch serves all batches of a query, so the index is fixed rather than shifted
+        return Constant(chosen[0])
+    if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
+        return Offset(chosen[0])
+    return Table(torch.tensor(chosen, device=device))
+
+
+def row_selection(chosen: list[int], grid: Grid, device: torch.device) -> tuple[CallableMod | None, int]:
+    """Which query each of a slice's stands for, and how many queries the slice has."""
+    short = grid.rows * grid.q_block - grid.q_len
+    if short and grid.rows - 1 in chosen[:-1]:
+        raise ValueError(
+            f"row {grid.rows - 1} has {grid.q_block - short} queries instead of {grid.q_block}, so it can only be the "
+            "last row of a slice; put it last"
+        )
+    q_len = len(chosen) * grid.q_block - (short if chosen and chosen[-1] == grid.rows - 1 else 0)
+    if not chosen or chosen == list(range(len(chosen))):
+        return None, q_len
+    if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
+        return Offset(chosen[0] * grid.q_block), q_len
+    return Table(torch.tensor(chosen, device=device), grid.q_block), q_len

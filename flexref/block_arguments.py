@@ -1,0 +1,89 @@
+"""Checks what users pass to make a BlockMask, so that what is below may trust it."""
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from flexref.mod_objects import name_of
+
+MASK_SIGNATURE = "mask_mod(b, h, q_idx, kv_idx)"
+SCORE_SIGNATURE = "score_mod(score, b, h, q_idx, kv_idx)"
+
+
+def checked_sizes(B: int | None, H: int | None, q_len: int, kv_len: int) -> tuple[int, int, int, int]:
+    """Ints of at least 0; None is 1. Raises TypeError or ValueError naming the argument."""
+    B, H = (1 if n is None else n for n in (B, H))
+    return checked_size("B", B), checked_size("H", H), checked_size("Q_LEN", q_len), checked_size("KV_LEN", kv_len)
+
+
+def checked_size(name: str, n, least: int = 0) -> int:
+    """`n` as an int. Raises TypeError for what is no integer, ValueError for one below `least`."""
+    if isinstance(n, (bool, Tensor)) or not hasattr(n, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(n).__name__}")
+    if int(n) < least:
+        raise ValueError(f"{name} must be at least {least}, got {n}")
+    return int(n)
+
+
+def checked_block_size(size) -> tuple[int, int]:
+    """(q_block, kv_block) from an int or a pair."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"BLOCK_SIZE must be an int or a pair (q_block, kv_block), got {size!r}")
+    return checked_size("BLOCK_SIZE", pair[0], 1), checked_size("BLOCK_SIZE", pair[1], 1)
+
+
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """None is the accelerator, or else the CPU."""
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu" if device is None else device)
+
+
+def kind_of_mod(fn: object, argument: str = "mod_fn") -> str:
+    """ "mask" or "score", by what `fn` can be called with. Raises TypeError for what is neither."""
+    if not callable(fn):
+        wanted = MASK_SIGNATURE if argument == "mask_mod" else f"{MASK_SIGNATURE} or {SCORE_SIGNATURE}"
+        raise TypeError(f"{argument} must be a function {wanted}, got {type(fn).__name__}")
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return "mask"
+    for kind, count in (("mask", 4), ("score", 5)):
+        try:
+            signature.bind(*range(count))
+            return kind
+        except TypeError:
+            pass
+    wanted = MASK_SIGNATURE if argument == "mask_mod" else f"{MASK_SIGNATURE} or {SCORE_SIGNATURE}"
+    raise TypeError(f"{argument} {described(fn)} has the arguments {signature}; expected {wanted}")
+
+
+def check_mask_mod(fn: object) -> None:
+    """Raise TypeError unless `fn` is called as a mask_mod is."""
+    if kind_of_mod(fn, "mask_mod") == "score":
+        raise TypeError(f"mask_mod {described(fn)} takes 5 arguments, as a score_mod does; expected {MASK_SIGNATURE}")
+
+
+def described(mod: object) -> str:
+    """A mod's name with its file and line, if it has them."""
+    code = getattr(mod, "__code__", None)
+    return f"{name_of(mod)} ({code.co_filename}:{code.co_firstlineno})" if code else name_of(mod)
+
+
+def as_bool(mod: object, result: object, device: torch.device | None) -> Tensor:
+    """A mask_mod's answer for one position as a 0-d bool tensor. Raises TypeError or ValueError for any other answer."""
+    if isinstance(result, bool):
+        return torch.tensor(result, device=device)
+    if not isinstance(result, Tensor) or result.dtype != torch.bool:
+        kind = str(result.dtype) if isinstance(result, Tensor) else type(result).__name__
+        hint = "does it miss a return?" if result is None else "return a comparison, such as `q_idx >= kv_idx`"
+        raise TypeError(f"mask_mod {described(mod)} must return a bool or a bool tensor, got {kind}; {hint}")
+    if result.dim():
+        raise ValueError(
+            f"mask_mod {described(mod)} must answer for one position, got a tensor of shape {tuple(result.shape)}; "
+            "index every dimension of what it captures"
+        )
+    return result

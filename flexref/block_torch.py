@@ -1,0 +1,214 @@
+"""Between a BlockMask and torch's: its padded tensors, and torch.nn.attention.flex_attention.BlockMask itself."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from flexref.block_arguments import check_mask_mod, checked_block_size, checked_size
+from flexref.block_lists import Grid, Lists, first_problem, from_padded, to_padded, transpose
+from flexref.mask_mods import noop_mask
+
+# arguments of torch's constructors that order the work of its kernels and mean nothing
+TORCH_ONLY = frozenset({"dq_write_order", "dq_write_order_full", "dq_kv_order", "dq_kv_order_spt"})
+
+
+class TorchForm:
+    """The half of BlockMask that speaks torch: made from padded tensors, and read as such.
+
+    kv_num_blocks (B, H, rows), kv_indices (B, H, rows, columns), q_num_blocks (B, H, columns), q_indices (B, H, columns,
+    rows), and the same of full blocks, which are None if full blocks are not listed apart: int32, made when asked for.
+    """
+
+    def __init__(
+        self,
+        seq_lengths: tuple[int, int],
+        kv_num_blocks: Tensor,
+        kv_indices: Tensor,
+        full_kv_num_blocks: Tensor | None = None,
+        full_kv_indices: Tensor | None = None,
+        q_num_blocks: Tensor | None = None,
+        q_indices: Tensor | None = None,
+        full_q_num_blocks: Tensor | None = None,
+        full_q_indices: Tensor | None = None,
+        BLOCK_SIZE: int | tuple[int, int] = 128,
+        mask_mod: Callable | None = None,
+        **torch_only: Any,
+    ):
+        """From torch's padded tensors, as `from_kv_blocks`. Not read: the q_ lists, which are made from the kv_ lists,
+        and torch's dq_ arguments, which order the work of its kernels."""
+        unknown = torch_only.keys() - TORCH_ONLY
+        if unknown:
+            raise TypeError(f"BlockMask got an unexpected argument {min(unknown)!r}")
+        mask_mod = noop_mask if mask_mod is None else mask_mod
+        check_mask_mod(mask_mod)
+        lengths = checked_size("seq_lengths[0]", seq_lengths[0]), checked_size("seq_lengths[1]", seq_lengths[1])
+        tensors = kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices
+        grid, lists = lists_from_tensors(tensors, lengths, checked_block_size(BLOCK_SIZE))
+        self._set(grid, lists, mask_mod, full_kv_num_blocks is not None, False)
+        found = first_problem(lists, grid)
+        if found:
+            raise ValueError(f"BlockMask of shape {(grid.B, grid.H, *lengths)}: {found}")
+
+    @classmethod
+    def from_kv_blocks(
+        cls,
+        kv_num_blocks: Tensor,
+        kv_indices: Tensor,
+        full_kv_num_blocks: Tensor | None = None,
+        full_kv_indices: Tensor | None = None,
+        BLOCK_SIZE: int | tuple[int, int] = 128,
+        mask_mod: Callable | None = None,
+        seq_lengths: tuple[int, int] | None = None,
+        compute_q_blocks: bool = True,
+        **torch_only: Any,
+    ) -> Self:
+        """From counts (B, H, rows) and indices (B, H, rows, width) of integers; width may be less than the columns.
+
+        What stands behind a row's count is not read. seq_lengths None: whole blocks, as many columns as the indices are
+        wide. Raises ValueError for lists that do not fit, repeat, or name a block both full and partial.
+        """
+        if seq_lengths is None:
+            sizes = checked_block_size(BLOCK_SIZE)
+            seq_lengths = default_lengths(kv_num_blocks, kv_indices, full_kv_indices, sizes)
+        lists = kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices
+        return cls(seq_lengths, *lists, BLOCK_SIZE=BLOCK_SIZE, mask_mod=mask_mod, **torch_only)
+
+    @classmethod
+    def from_torch(cls, block_mask: Any) -> Self:
+        """The same mask from a torch.nn.attention.flex_attention.BlockMask."""
+        return cls.from_kv_blocks(**from_torch_arguments(block_mask))
+
+    @classmethod
+    def _make(cls, grid: Grid, lists: Lists, mask_mod: Callable, separate: bool, agrees: bool) -> Self:
+        mask = cls.__new__(cls)
+        mask._set(grid, lists, mask_mod, separate, agrees)
+        return mask
+
+    def _set(self, grid: Grid, lists: Lists, mask_mod: Callable, separate: bool, agrees: bool) -> None:
+        self.grid, self.csr, self.mask_mod, self.separate_full_blocks = grid, lists, mask_mod, separate
+        self.seq_lengths, self.BLOCK_SIZE = (grid.q_len, grid.kv_len), (grid.q_block, grid.kv_block)
+        self.B, self.H, self.device = grid.B, grid.H, lists.offsets.device
+        # whether the lists are known to allow exactly what mask_mod does
+        self._agrees = agrees
+
+    def __reduce__(self):
+        return type(self)._make, (self.grid, self.csr, self.mask_mod, self.separate_full_blocks, self._agrees)
+
+    @cached_property
+    def csc(self) -> Lists:
+        """The same lists by column: flat row (b * H + h) * columns + column lists rows of query blocks."""
+        return Lists(*transpose(*self.csr[:2], self.grid), *transpose(*self.csr[2:], self.grid))
+
+    @cached_property
+    def _by_row(self) -> tuple[Any, ...]:
+        return self._padded(self.csr, self.grid.rows, self.grid.columns)
+
+    @cached_property
+    def _by_column(self) -> tuple[Any, ...]:
+        return self._padded(self.csc, self.grid.columns, self.grid.rows)
+
+    def _padded(self, lists: Lists, rows: int, columns: int) -> tuple[Any, ...]:
+        shape = self.grid.B, self.grid.H, rows
+        full = to_padded(*lists[2:], shape, columns) if self.separate_full_blocks else (None, None)
+        return *to_padded(*lists[:2], shape, columns), *full
+
+    kv_num_blocks = property(lambda self: self._by_row[0])
+    kv_indices = property(lambda self: self._by_row[1])
+    full_kv_num_blocks = property(lambda self: self._by_row[2])
+    full_kv_indices = property(lambda self: self._by_row[3])
+    q_num_blocks = property(lambda self: self._by_column[0])
+    q_indices = property(lambda self: self._by_column[1])
+    full_q_num_blocks = property(lambda self: self._by_column[2])
+    full_q_indices = property(lambda self: self._by_column[3])
+
+    def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
+        """The attributes in torch's order, None for its four dq_ ones; `flatten` spreads lengths and block sizes."""
+        lengths, sizes = (self.seq_lengths, self.BLOCK_SIZE) if flatten else ((self.seq_lengths,), (self.BLOCK_SIZE,))
+        return *lengths, *self._by_row, *self._by_column, *(None,) * 4, *sizes, self.mask_mod
+
+    def to_torch(self) -> Any:
+        """The same mask as a torch.nn.attention.flex_attention.BlockMask."""
+        from torch.nn.attention import flex_attention as theirs
+
+        mask_mod = theirs.noop_mask if self.mask_mod is noop_mask else self.mask_mod
+        return theirs.BlockMask.from_kv_blocks(
+            *self._by_row, BLOCK_SIZE=self.BLOCK_SIZE, mask_mod=mask_mod, seq_lengths=self.seq_lengths
+        )
+
+
+def from_torch_arguments(block_mask: Any) -> dict[str, Any]:
+    """What BlockMask.from_kv_blocks needs to make the mask that torch's `block_mask` is."""
+    mod = block_mask.mask_mod
+    name = getattr(mod, "__name__", "") if getattr(mod, "__module__", "").startswith("torch.nn.attention") else ""
+    if name == "_sliced_mask_mod_error":
+        raise ValueError(
+            "this torch BlockMask is a slice, which has lost its mask_mod; take BlockMask.from_torch of the whole mask "
+            "and slice that"
+        )
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "BLOCK_SIZE", "seq_lengths")
+    return {n: getattr(block_mask, n) for n in names} | {"mask_mod": noop_mask if name == "noop_mask" else mod}
+
+
+def default_lengths(counts: Any, indices: Any, full_indices: Any, block_size: tuple[int, int]) -> tuple[int, int]:
+    """torch's lengths where none are given: whole blocks, as many columns as the indices are wide."""
+    _check_integers("kv_num_blocks", counts)
+    _check_integers("kv_indices", indices)
+    widths = [x.shape[-1] for x in (indices, full_indices) if isinstance(x, Tensor) and x.dim()]
+    if not counts.dim() or not widths:
+        raise ValueError("kv_num_blocks and kv_indices must be (B, H, rows) and (B, H, rows, width), got a 0-d tensor")
+    return counts.shape[-1] * block_size[0], max(widths) * block_size[1]
+
+
+def lists_from_tensors(
+    tensors: tuple[Any, Any, Any, Any], seq_lengths: tuple[int, int], block_size: tuple[int, int]
+) -> tuple[Grid, Lists]:
+    """The grid and the lists of torch's padded tensors, whose columns are not yet checked.
+
+    Raises TypeError for what is no integer tensor, ValueError for shapes, counts and lengths that do not fit.
+    """
+    if (tensors[2] is None) != (tensors[3] is None):
+        raise ValueError("full_kv_num_blocks and full_kv_indices go together: give both, or neither")
+    counts, indices = _checked("kv", *tensors[:2])
+    full = (torch.zeros_like(counts), indices[..., :0]) if tensors[2] is None else _checked("full_kv", *tensors[2:])
+    if full[0].shape != counts.shape or full[0].device != counts.device:
+        raise ValueError(
+            f"full_kv_num_blocks is {tuple(full[0].shape)} on {full[0].device}, but kv_num_blocks is "
+            f"{tuple(counts.shape)} on {counts.device}; they must be alike"
+        )
+    grid = Grid(counts.shape[0], counts.shape[1], *seq_lengths, *block_size)
+    if grid.rows != counts.shape[2]:
+        raise ValueError(
+            f"kv_num_blocks has {counts.shape[2]} rows, but {grid.q_len} queries in blocks of {grid.q_block} make "
+            f"{grid.rows}; mind seq_lengths and BLOCK_SIZE"
+        )
+    return grid, Lists(*from_padded(counts, indices), *from_padded(*full))
+
+
+def _checked(name: str, counts: Any, indices: Any) -> tuple[Tensor, Tensor]:
+    """Counts as (B, H, rows), indices as (B, H, rows, width)."""
+    _check_integers(f"{name}_num_blocks", counts)
+    _check_integers(f"{name}_indices", indices)
+    if not 1 <= counts.dim() <= 3 or indices.shape[:-1] != counts.shape or not indices.dim():
+        raise ValueError(
+            f"{name}_num_blocks must be (B, H, rows) and {name}_indices (B, H, rows, width), "
+            f"got {tuple(counts.shape)} and {tuple(indices.shape)}"
+        )
+    if counts.device != indices.device:
+        raise ValueError(f"{name}_num_blocks is on {counts.device} but {name}_indices on {indices.device}; move one")
+    width = indices.shape[-1]
+    wrong = counts[(counts < 0) | (counts > width)]
+    if len(wrong):
+        raise ValueError(f"{name}_num_blocks counts {int(wrong[0])} blocks in a row; {name}_indices holds 0 to {width}")
+    missing = (1,) * (3 - counts.dim())
+    return counts.reshape(*missing, *counts.shape), indices.reshape(*missing, *indices.shape)
+
+
+def _check_integers(name: str, x: object) -> None:
+    integers = isinstance(x, Tensor) and x.dtype != torch.bool and not x.is_floating_point() and not x.is_complex()
+    if not integers:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
