@@ -187,23 +187,24 @@ class _Sweep:
             score = score.to(self.problem.dtype).to(score.dtype)
         allowed = torch.ones_like(score, dtype=torch.bool) if unmasked else self.allowed(tile)
         with torch.no_grad():
-            post = self.modified(torch.where(allowed, score, 0.0), tile).to(score.dtype)
-        post = torch.where(allowed, post, -torch.inf)
+            post = self.modified(score, allowed, tile)
         if self.fault == "scale applied after score_mod":
             post = post * self.tensors.scale
         return score, post, allowed & (post != -torch.inf)
 
-    def modified(self, score: Tensor, tile: slice) -> Tensor:
+    def modified(self, score: Tensor, allowed: Tensor, tile: slice) -> Tensor:
+        """After score_mod, which is asked at the allowed positions only; -inf elsewhere."""
         if self.tensors.score_mod is None:
-            return score
-        b, h, q_idx, kv_idx = (i.flatten() for i in self.index(tile))
+            return torch.where(allowed, score, -torch.inf)
+        b, h, q_idx, kv_idx = (i[allowed] for i in self.index(tile))
         if self.fault == "swapped q_idx and kv_idx in score_mod":
             q_idx, kv_idx = kv_idx, q_idx
         if self.fault == "key head given to score_mod":
             h = h // self.problem.group
-        with _StandIns(self.leaves), NestedReads(torch.arange(score.numel())):
-            post = self.tensors.score_mod(score.flatten(), b, h, q_idx, kv_idx)
-        return torch.as_tensor(post).expand(score.numel()).view(score.shape)
+        with _StandIns(self.leaves), NestedReads(torch.arange(b.numel())):
+            post = self.tensors.score_mod(score[allowed], b, h, q_idx, kv_idx)
+        post = torch.as_tensor(post).to(score.dtype).expand(b.numel())
+        return torch.full_like(score, -torch.inf).masked_scatter(allowed, post)
 
     def allowed(self, tile: slice) -> Tensor:
         shape = *self.shape[:3], tile.stop - tile.start
@@ -246,8 +247,8 @@ class _Sweep:
         else:
             kept = grad_post
         with torch.enable_grad():
-            leaf = torch.where(allowed, score, 0.0).detach().requires_grad_()
-            post = self.modified(leaf, tile)
+            leaf = score.detach().requires_grad_()
+            post = self.modified(leaf, allowed, tile)
             if not post.requires_grad:
                 return torch.zeros_like(grad_post)
             (grad_score,) = _grad(post, [leaf], grad_post)
@@ -256,7 +257,7 @@ class _Sweep:
             if self.fault == "captured gradient of the last tile only":
                 total.zero_()
             total += grad
-        return torch.where(allowed, grad_score, 0.0)
+        return grad_score
 
 
 def _grad(post: Tensor, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:

@@ -73,7 +73,7 @@ def described(mod: object) -> str:
     return f"{name_of(mod)} ({code.co_filename}:{code.co_firstlineno})" if code else name_of(mod)
 
 
-def as_bool(mod: object, result: object, device: torch.device | None) -> Tensor:
+def as_bool(mod: object, result: object, device: torch.device) -> Tensor:
     """A mask_mod's answer for one position as a 0-d bool tensor. Raises TypeError or ValueError for any other answer."""
     if isinstance(result, bool):
         return torch.tensor(result, device=device)
@@ -81,6 +81,11 @@ def as_bool(mod: object, result: object, device: torch.device | None) -> Tensor:
         kind = str(result.dtype) if isinstance(result, Tensor) else type(result).__name__
         hint = "does it miss a return?" if result is None else "return a comparison, such as `q_idx >= kv_idx`"
         raise TypeError(f"mask_mod {described(mod)} must return a bool or a bool tensor, got {kind}; {hint}")
+    if result.device.type != device.type:
+        raise ValueError(
+            f"mask_mod {described(mod)} captures a tensor on {result.device}, but is asked on {device}; "
+            "move the tensor, or pass device="
+        )
     if result.dim():
         raise ValueError(
             f"mask_mod {described(mod)} must answer for one position, got a tensor of shape {tuple(result.shape)}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
     with torch.no_grad():
         program = None
         if grid.B * grid.H * grid.q_len * grid.kv_len > _WORTH_TRACING:
-            program = _program(mask_mod)
+            program = _program(mask_mod, device)
         asked = grid
         if program is not None:
             # a mask that does not read b or h is the same for all of them
@@ -46,14 +47,15 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
         return broadcast(collect(kinds(), device), asked, grid)
 
 
-def _program(mask_mod: Callable):
-    """The traced mod, or None for one that cannot be traced: asking it needs no program."""
+def _program(mask_mod: Callable, device: torch.device):
+    """The traced mod, or None for one that cannot be traced, or reads another device: asking it will say so."""
     from flexref.program.mods import traced_mod
 
     try:
-        return traced_mod(mask_mod, "mask", torch.float32)
+        program = traced_mod(mask_mod, "mask", torch.float32)
     except TraceError:
         return None
+    return None if any(x.dim() and x.device.type != device.type for x in program.captured) else program
 
 
 def _classified(program, grid: Grid, first: int, last: int, device: torch.device) -> Tensor:
@@ -84,7 +86,7 @@ class Decider:
     """Asks a mask_mod about whole blocks, exactly."""
 
     def __init__(self, mask_mod: Callable, grid: Grid, device: torch.device):
-        self.grid, self.device, self.ask = grid, device, Asker(mask_mod)
+        self.grid, self.device, self.ask = grid, device, Asker(mask_mod, device)
         self.q_size, self.kv_size = min(grid.q_block, grid.q_len), min(grid.kv_block, grid.kv_len)
         # a block of more positions than may be asked at once is asked in tiles
         self.q_tile = max(1, min(self.q_size, 1024))
@@ -125,8 +127,8 @@ class Decider:
 class Asker:
     """Calls a mask_mod at every position of some tiles."""
 
-    def __init__(self, mask_mod: Callable):
-        self.mod = mask_mod
+    def __init__(self, mask_mod: Callable, device: torch.device):
+        self.mod, self.device = mask_mod, device
         self.number: Callable | None = None
         over_kv = torch.vmap(self._one, (None, None, None, 0))
         self.vmapped = torch.vmap(torch.vmap(over_kv, (None, None, 0, None)), (0, 0, 0, 0))
@@ -139,14 +141,14 @@ class Asker:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                self._raise_what_stays_wrong(error, b.device)
+                self._raise_what_stays_wrong(error)
                 self.number = self._working_number(b, h, q_idx, kv_idx)
         return self._loop(self.number, b, h, q_idx, kv_idx)
 
     def _one(self, *at) -> Tensor:
-        return as_bool(self.mod, self.mod(*at), at[0].device if isinstance(at[0], Tensor) else None)
+        return as_bool(self.mod, self.mod(*at), self.device)
 
-    def _raise_what_stays_wrong(self, error: Exception, device: torch.device) -> None:
+    def _raise_what_stays_wrong(self, error: Exception) -> None:
         """Explain errors that asking one position at a time would not mend."""
         name, text = described(self.mod), str(error)
         if isinstance(error, IndexError):
@@ -156,22 +158,23 @@ class Asker:
                 f"mask_mod {name} draws random numbers, so it has no one meaning; "
                 "draw them before, and index the tensor in the mod"
             ) from error
-        if "same device" in text or "meta" in text:
-            raise ValueError(f"mask_mod {name} captures a tensor that is not on {device}; move it, or pass device=") from error
+        if "same device" in text:
+            raise ValueError(f"mask_mod {name} captures a tensor that is not on {self.device}; move it, or pass device=") from error
 
     def _working_number(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Callable:
         """int, if the mod works on Python integers, else what makes a 0-d tensor."""
         at = int(b[0]), int(h[0]), int(q_idx[0, 0]), int(kv_idx[0, 0])
+        tensor = partial(torch.tensor, device=self.device)
         try:
             self._one(*at)
             return int
         except Exception:
             try:
-                self._one(*map(torch.tensor, at))
+                self._one(*map(tensor, at))
             except Exception as error:
                 error.add_note(f"raised by mask_mod {described(self.mod)} at (b, h, q_idx, kv_idx) = {at}")
                 raise
-            return torch.tensor
+            return tensor
 
     def _loop(self, number: Callable, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         values = []
@@ -196,7 +199,7 @@ def create_mask(
     place = checked_device(device)
     result = torch.zeros(B, H, q_len, kv_len, dtype=torch.bool, device=place)
     if result.numel():
-        ask = Asker(_ScoreMask(mod_fn, place) if is_score else mod_fn)
+        ask = Asker(_ScoreMask(mod_fn, place) if is_score else mod_fn, place)
         b, h, q_idx, kv_idx = (torch.arange(n, device=place) for n in (B, H, q_len, kv_len))
         b, h = b.repeat_interleave(H), h.repeat(B)
         with torch.no_grad():

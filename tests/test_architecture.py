@@ -22,7 +22,7 @@ LINKED = ("backends", "dispatch", "conformance")
 BELOW = {
     "errors": "",
     "recent": "",
-    "index_error": "errors program",
+    "index_error": "errors problem program",
     "reference": "",
     "program": "errors recent",
     "block": "errors recent program",

@@ -83,7 +83,7 @@ def test_fresh_processes_measure_first_calls_and_memory(tmp_path):
 
 def test_results_are_written_as_json(tmp_path, capsys):
     path = tmp_path / "results" / "out.json"
-    code = run.main(["--quick", "--only", "fixed", "--backend", "reference", "--json", str(path)])
+    code = run.main(["--quick", "--only", "fixed", "--json", str(path)])
     kept = json.loads(path.read_text())
     (name,) = kept["targets"]
     assert name in TARGETS and kept["quick"] is True and kept["machine"]["torch"] == torch.__version__

@@ -53,7 +53,7 @@ _exp2_float64 = _polynomial(
 def exp2_small_float32(x):
     """2^x for x <= 0. Adding 1.5 * 2^23 rounds x to a whole number and leaves that number in the low bits."""
     shifted = x + float32(12582912.0)
-    power = from_bits((bits(shifted) << int32(23)) + int32(0x3F800000))
+    power = from_bits(int32((bits(shifted) << int32(23)) + int32(0x3F800000)))
     value = _exp2_float32(x - (shifted - float32(12582912.0))) * power
     return float32(0) if x < float32(-126) else value
 
