@@ -10,11 +10,16 @@ from torch import Tensor
 
 
 class Rounding(NamedTuple):
-    """u and w of compare.py's derivation for one query dtype; `tiny`: the smallest step of a half-precision operand."""
+    """u and w of compare.py's derivation for one query dtype, and what underflow may take away.
+
+    `flush`: a weight or a product in the accumulation type below this may be 0; `tiny`: the same for an operand of a
+    product of matrices, which may be in the inputs' type.
+    """
 
     acc: torch.dtype
     u: float
     w: float
+    flush: float
     tiny: float
 
     @classmethod
@@ -22,7 +27,8 @@ class Rounding(NamedTuple):
         half = dtype in (torch.float16, torch.bfloat16)
         acc = torch.float32 if half else dtype
         u = half_ulp(acc) + half_ulp(torch.float64)
-        return cls(acc, u, half_ulp(dtype), smallest(dtype)) if half else cls(acc, u, 0.0, 0.0)
+        flush = 2 * smallest(acc)
+        return cls(acc, u, half_ulp(dtype) if half else 0.0, flush, smallest(dtype) if half else flush)
 
     def total(self, n: int) -> float:
         """g(n): the error of a sum of n terms, relative to the sum of their magnitudes."""

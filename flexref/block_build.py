@@ -159,7 +159,8 @@ class Asker:
                 "draw them before, and index the tensor in the mod"
             ) from error
         if "same device" in text:
-            raise ValueError(f"mask_mod {name} captures a tensor that is not on {self.device}; move it, or pass device=") from error
+            hint = "move it, or pass device="
+            raise ValueError(f"mask_mod {name} captures a tensor that is not on {self.device}; {hint}") from error
 
     def _working_number(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Callable:
         """int, if the mod works on Python integers, else what makes a 0-d tensor."""

@@ -6,13 +6,16 @@ import pickle
 import re
 import time
 import tracemalloc
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from flexref import block_build
@@ -116,8 +119,8 @@ def always_traced(traced: bool):
 def test_blocks_are_those_of_the_dense_mask(problem, traced, at_once):
     mod, *shape, size = problem
     with always_traced(traced), mock.patch.object(block_build, "_POSITIONS", at_once):
-        mask = create_block_mask(mod, *shape, "cpu", size)
-        assert torch.equal(create_mask(mod, *shape, "cpu"), brute(mod, *shape))
+        mask = create_block_mask(mod, *shape, device="cpu", BLOCK_SIZE=size)
+        assert torch.equal(create_mask(mod, *shape, device="cpu"), brute(mod, *shape))
     dense = brute(mod, *shape)
     assert torch.equal(mask._kinds(), kinds_of(dense, size))
     assert torch.equal(allowed(mask), dense)
@@ -131,7 +134,7 @@ def test_blocks_are_those_of_the_dense_mask(problem, traced, at_once):
 @given(problems())
 def test_padded_lists_name_the_same_blocks_as_the_compressed_ones(problem):
     mod, *shape, size = problem
-    mask = create_block_mask(mod, *shape, "cpu", size)
+    mask = create_block_mask(mod, *shape, device="cpu", BLOCK_SIZE=size)
     kinds = kinds_of(brute(mod, *shape), size)
     for counts, indices, wanted in (
         (mask.kv_num_blocks, mask.kv_indices, kinds == 1),
@@ -153,7 +156,7 @@ def test_operations_are_those_of_the_masks(problem, separate):
     mod, *shape, size = problem
 
     def made(m):
-        return create_block_mask(m, *shape, "cpu", size, separate_full_blocks=separate)
+        return create_block_mask(m, *shape, device="cpu", BLOCK_SIZE=size, separate_full_blocks=separate)
 
     mask, other = made(mod), made(heads_differ)
     for found, wanted in (
@@ -169,8 +172,12 @@ def test_operations_are_those_of_the_masks(problem, separate):
 def test_resize_is_rebuild(data):
     first, second = (data.draw(st.tuples(st.integers(0, 30), st.integers(0, 30))) for _ in range(2))
     mod, size = data.draw(st.sampled_from((causal, heads_differ, masks.sliding_window(4)))), data.draw(st.integers(1, 9))
-    mask = create_block_mask(mod, 2, 2, *first, "cpu", size)
-    assert mask.resize(*second) == create_block_mask(mod, 2, 2, *second, "cpu", size)
+    mask = create_block_mask(mod, 2, 2, *first, device="cpu", BLOCK_SIZE=size)
+    assert mask.resize(*second) == create_block_mask(mod, 2, 2, *second, device="cpu", BLOCK_SIZE=size)
+
+
+def chosen(n: int, index) -> list[int]:
+    return np.arange(n)[index.numpy() if isinstance(index, Tensor) else index].reshape(-1).tolist()
 
 
 @FEW
@@ -187,15 +194,16 @@ def test_slices_mean_what_they_were_cut_from(problem, data):
         return data.draw(st.one_of(some, ints, many, many.map(torch.tensor) if n else some))
 
     at = index(B), index(H), index(rows)
-    row = torch.arange(rows)[at[2]].reshape(-1).tolist()
+    row = chosen(rows, at[2])
     if rows and q_len % size[0] and rows - 1 in row[:-1]:
         with pytest.raises(ValueError, match="can only be the last row"):
             mask[at]
         return
     cut = mask[at]
     q = [i for r in row for i in range(r * size[0], min((r + 1) * size[0], q_len))]
-    b, h = (torch.arange(n)[i].reshape(-1) for n, i in ((B, at[0]), (H, at[1])))
-    wanted = dense[b][:, h][:, :, torch.tensor(q, dtype=torch.int64)]
+    wanted = dense
+    for dim, kept in enumerate((chosen(B, at[0]), chosen(H, at[1]), q)):
+        wanted = wanted.index_select(dim, torch.tensor(kept, dtype=torch.int64))
     assert cut.shape == tuple(wanted.shape)
     assert torch.equal(allowed(cut), wanted)
     cut.validate("semantic")
@@ -226,12 +234,13 @@ def test_rows_of_any_length_are_those_queries(problem, data):
     assert torch.equal(allowed(mask), brute(mod, B, H, q_len, kv_len)[:, :, start:stop])
 
 
-def by_hand(**changes) -> BlockMask:
+def by_hand(**changes: Any) -> BlockMask:
     """Row 0 lists block 1 full; row 1 lists block 0 to be asked, and not block 1."""
     counts, indices = torch.tensor([[[0, 1]]]), torch.tensor([[[[9], [0]]]])
     full = dict(full_kv_num_blocks=torch.tensor([[[1, 0]]]), full_kv_indices=torch.tensor([[[[1], [7]]]]))
-    given = dict(kv_num_blocks=counts, kv_indices=indices, BLOCK_SIZE=4, mask_mod=causal, seq_lengths=(7, 6)) | full
-    return BlockMask.from_kv_blocks(**(given | changes))
+    given: dict[str, Any] = dict(kv_num_blocks=counts, kv_indices=indices, seq_lengths=(7, 6), **full)
+    given |= dict(BLOCK_SIZE=4, mask_mod=causal)
+    return BlockMask.from_kv_blocks(**{**given, **changes})
 
 
 def test_compact_lists_are_accepted_and_keep_their_meaning():
@@ -250,7 +259,7 @@ def test_compact_lists_are_accepted_and_keep_their_meaning():
     assert torch.equal(allowed(mask.resize(5, 3)), dense[:, :, :5, :3])
     with pytest.raises(ValueError, match="nothing is known of positions beyond"):
         mask.resize(9, 6)
-    agreeing = BlockMask.from_kv_blocks(torch.tensor([[[1, 2]]]), torch.tensor([[[[0, 1], [0, 1]]]]), BLOCK_SIZE=4, mask_mod=causal)
+    agreeing = BlockMask.from_kv_blocks(ONE, TWO, BLOCK_SIZE=4, mask_mod=causal)
     assert agreeing.seq_lengths == (8, 8)
     assert torch.equal(allowed(agreeing.resize(11, 11)), brute(causal, 1, 1, 11, 11))
 
@@ -258,17 +267,45 @@ def test_compact_lists_are_accepted_and_keep_their_meaning():
 ONE = torch.tensor([[[1, 2]]])
 TWO = torch.tensor([[[[0, 1], [0, 1]]]])
 MALFORMED = {
-    "column too large": (dict(kv_indices=torch.tensor([[[[9], [2]]]])), ValueError, r"row 1 names column 2; columns are 0 to 1"),
+    "column too large": (
+        dict(kv_indices=torch.tensor([[[[9], [2]]]])),
+        ValueError,
+        "row 1 names column 2; columns are 0 to 1",
+    ),
     "column negative": (dict(kv_indices=torch.tensor([[[[9], [-1]]]])), ValueError, "names column -1"),
-    "count too large": (dict(kv_num_blocks=torch.tensor([[[0, 2]]])), ValueError, "counts 2 blocks in a row; kv_indices holds 0 to 1"),
+    "count too large": (
+        dict(kv_num_blocks=torch.tensor([[[0, 2]]])),
+        ValueError,
+        "counts 2 blocks in a row; kv_indices holds 0 to 1",
+    ),
     "count negative": (dict(full_kv_num_blocks=torch.tensor([[[-1, 0]]])), ValueError, "full_kv_num_blocks counts -1"),
-    "twice": (dict(kv_num_blocks=ONE, kv_indices=TWO * 0), ValueError, "row 1 has column 0 after 0; columns must ascend"),
-    "full and partial": (dict(kv_num_blocks=ONE, kv_indices=1 - TWO), ValueError, r"row 0, column 1 is listed both partial and full"),
-    "floats": (dict(kv_num_blocks=torch.tensor([[[0.0, 1.0]]])), TypeError, "kv_num_blocks must be a tensor of integers, got torch.float32"),
+    "twice": (
+        dict(kv_num_blocks=ONE, kv_indices=TWO * 0),
+        ValueError,
+        "row 1 has column 0 after 0; columns must ascend",
+    ),
+    "full and partial": (
+        dict(kv_num_blocks=ONE, kv_indices=1 - TWO),
+        ValueError,
+        r"row 0, column 1 is listed both partial and full",
+    ),
+    "floats": (
+        dict(kv_num_blocks=torch.tensor([[[0.0, 1.0]]])),
+        TypeError,
+        "kv_num_blocks must be a tensor of integers, got torch.float32",
+    ),
     "a list": (dict(kv_indices=[[0]]), TypeError, "kv_indices must be a tensor of integers, got list"),
     "half of the full": (dict(full_kv_indices=None), ValueError, "go together"),
-    "shapes": (dict(kv_num_blocks=torch.tensor([[[0, 1, 1]]])), ValueError, r"kv_indices \(B, H, rows, width\), got \(1, 1, 3\)"),
-    "full of other rows": (dict(full_kv_num_blocks=ONE[..., :1], full_kv_indices=TWO[..., :1, :]), ValueError, "must be alike"),
+    "shapes": (
+        dict(kv_num_blocks=torch.tensor([[[0, 1, 1]]])),
+        ValueError,
+        r"kv_indices \(B, H, rows, width\), got \(1, 1, 3\)",
+    ),
+    "full of other rows": (
+        dict(full_kv_num_blocks=ONE[..., :1], full_kv_indices=TWO[..., :1, :]),
+        ValueError,
+        "must be alike",
+    ),
     "lengths": (dict(seq_lengths=(9, 6)), ValueError, "has 2 rows, but 9 queries in blocks of 4 make 3"),
     "no length": (dict(seq_lengths=(7.5, 6)), TypeError, r"seq_lengths\[0\] must be an int, got float"),
     "block size": (dict(BLOCK_SIZE=0), ValueError, "BLOCK_SIZE must be at least 1, got 0"),
@@ -306,17 +343,41 @@ class Silent:
 
 WRONG = {
     "no function": (3, TypeError, r"mask_mod must be a function mask_mod\(b, h, q_idx, kv_idx\), got int"),
-    "three arguments": (lambda b, h, q: q > 0, TypeError, r"has the arguments \(b, h, q\); expected mask_mod\(b, h, q_idx, kv_idx\)"),
+    "three arguments": (
+        lambda b, h, q: q > 0,
+        TypeError,
+        r"has the arguments \(b, h, q\); expected mask_mod\(b, h, q_idx, kv_idx\)",
+    ),
     "score_mod": (lambda s, b, h, q, k: s, TypeError, "takes 5 arguments, as a score_mod does"),
-    "float": (lambda b, h, q, k: (q - k) * 1.0, TypeError, "must return a bool or a bool tensor, got torch.float32; return a comparison"),
+    "float": (
+        lambda b, h, q, k: (q - k) * 1.0,
+        TypeError,
+        "must return a bool or a bool tensor, got torch.float32; return a comparison",
+    ),
     "int": (lambda b, h, q, k: 1, TypeError, "must return a bool or a bool tensor, got int"),
-    "and of ints": (and_masks(causal, lambda b, h, q, k: q), TypeError, r"and_masks\(causal, <lambda>\) must return .* got torch.int64"),
+    "and of ints": (
+        and_masks(causal, lambda b, h, q, k: q),
+        TypeError,
+        r"and_masks\(causal, <lambda>\) must return .* got torch.int64",
+    ),
     "not of an int": (not_mask(lambda b, h, q, k: 1), TypeError, "must return a bool or a bool tensor, got int"),
     "nothing": (Silent(), TypeError, "got NoneType; does it miss a return"),
-    "a row": (lambda b, h, q, k: torch.arange(5) > k, ValueError, r"one position, got a tensor of shape \(5,\); index every"),
-    "out of range": (masks.document(torch.zeros(9, dtype=torch.int64)), IndexError, "reads a captured tensor out of range: .*9"),
+    "a row": (
+        lambda b, h, q, k: torch.arange(5) > k,
+        ValueError,
+        r"one position, got a tensor of shape \(5,\); index every",
+    ),
+    "out of range": (
+        masks.document(torch.zeros(9, dtype=torch.int64)),
+        IndexError,
+        "reads a captured tensor out of range: .*9",
+    ),
     "random": (lambda b, h, q, k: torch.rand(()) > q, ValueError, "draws random numbers"),
-    "device": (masks.document(torch.zeros(99, dtype=torch.int64, device="meta")), ValueError, "captures a tensor on meta, but is asked on cpu; move the tensor"),
+    "device": (
+        masks.document(torch.zeros(99, dtype=torch.int64, device="meta")),
+        ValueError,
+        "captures a tensor on meta, but is asked on cpu; move the tensor",
+    ),
     "its own error": (lambda b, h, q, k: q.nonsense, AttributeError, "nonsense"),
 }
 
@@ -359,9 +420,9 @@ def test_combining_unlike_masks_is_refused():
         (create_block_mask(causal, None, 2, 8, 8, "cpu", 2), "whose q_block is 4 and 2"),
     ):
         with pytest.raises(ValueError, match=text):
-            mask & other
+            _ = mask & other
     with pytest.raises(TypeError):
-        mask & causal  # type: ignore[operator]
+        _ = mask & causal  # type: ignore[operator]
     with pytest.raises(TypeError, match="and_masks: argument 1 must be a mask_mod"):
         and_masks(causal, 3)  # type: ignore[arg-type]
     wide = create_block_mask(heads_differ, 2, 1, 8, 8, "cpu", 4) | mask
@@ -403,7 +464,7 @@ def test_a_default_argument_does_not_make_a_score_mod():
 
 def test_lengths_zero_and_blocks_larger_than_the_mask():
     for shape in ((1, 1, 0, 5), (1, 1, 5, 0), (0, 2, 5, 5), (2, 2, 0, 0)):
-        mask = create_block_mask(causal, *shape, "cpu")
+        mask = create_block_mask(causal, *shape, device="cpu")
         assert mask.shape == shape and mask.sparsity() == 0 and mask.to_dense().sum() == 0
         assert str(mask) and repr(mask) and mask == pickle.loads(pickle.dumps(mask)) and ~(~mask) == mask
     mask = create_block_mask(noop_mask, None, None, 10, 12, "cpu")
@@ -416,7 +477,8 @@ def test_lengths_zero_and_blocks_larger_than_the_mask():
 def test_torch_names_and_signatures_are_kept():
     mask = create_block_mask(causal, None, None, 384, 256, device="cpu", _compile=True, compute_dq_write_order=False)
     theirs = torch_flex.create_block_mask(causal, None, None, 384, 256, device="cpu")
-    ours, other = mask.as_tuple(), theirs.as_tuple()
+    ours: Any = mask.as_tuple()
+    other: Any = theirs.as_tuple()
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, other, strict=False))
     assert mask.as_tuple(False)[0] == (384, 256) and mask.shape == theirs.shape and mask.numel() == theirs.numel()
     assert torch.equal(mask.to_dense(), theirs.to_dense()) and mask.sparsity() == pytest.approx(theirs.sparsity())
@@ -532,7 +594,7 @@ def test_a_long_mask_is_never_held_dense():
     class Largest(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor) and not torch._C._functorch.is_batchedtensor(result):
+            if isinstance(result, Tensor) and not is_batchedtensor(result):
                 created.append(result.untyped_storage().nbytes())
             return result
 
