@@ -94,6 +94,7 @@ class Back:
 
         self.post = rows.p * upward
         self.own = (rows.growth + 10 * r.u) * self.post.abs() + rows.p * sum_ev * (size @ x.value.abs().mT)
+        self.own += r.flush * (1 + upward.abs()) * rows.allowed
         self.from_delta = rows.p * delta_error[..., None]
         self.from_lse = self.post * rows.lse_error[..., None]
         slope, slope_error = dense(mod.slope, index, shape), dense(mod.slope_error, index, shape)

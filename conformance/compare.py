@@ -22,7 +22,8 @@ is 6 sigma for the worst order, terms of one sign added one by one). Then, for o
            with the errors that a row shares (D, lse) moved together
 
 w is the half ulp of a half-precision type and 0 otherwise: a product of matrices may read its operands in the
-inputs' type, and must add in the accumulation type. Each result may at last be rounded once to its own dtype.
+inputs' type, and must add in the accumulation type. What is below the smallest normal number may be 0. Each result
+may at last be rounded once to its own dtype.
 tests/test_compare.py and test_suite_bites.py show that sound algorithms pass and that small faults do not.
 """
 

@@ -126,7 +126,7 @@ def suite_tests() -> frozenset[str]:
 
 
 def gaps_of(backend: Backend) -> list[Gap]:
-    """The known gaps in gaps.toml beside a backend's module. Raises UsageError if one is incomplete or matches no test."""
+    """The known gaps in gaps.toml beside a backend's module; UsageError if one is incomplete or matches no test."""
     home = getattr(backend, "__file__", None)
     path = Path(home).parent / "gaps.toml" if home else None
     if path is None or not path.exists():

@@ -28,7 +28,7 @@ class Rounding(NamedTuple):
         acc = torch.float32 if half else dtype
         u = half_ulp(acc) + half_ulp(torch.float64)
         flush = 2 * smallest(acc)
-        return cls(acc, u, half_ulp(dtype) if half else 0.0, flush, smallest(dtype) if half else flush)
+        return cls(acc, u, half_ulp(dtype) if half else 0.0, flush, max(flush, smallest(dtype)))
 
     def total(self, n: int) -> float:
         """g(n): the error of a sum of n terms, relative to the sum of their magnitudes."""

@@ -136,7 +136,7 @@ def shapes(draw) -> dict:
 
 @st.composite
 def cases(draw, gradients: bool = False, blocks: bool | None = None) -> Case:
-    """Any problem; `gradients`: with a loss and something that wants a gradient; `blocks`: with a block mask or without."""
+    """Any problem; `gradients`: something wants a gradient; `blocks`: with a block mask, without, or either (None)."""
     shape = draw(shapes())
     dtype = draw(st.sampled_from(DTYPES))
     mask = draw(st.none() | masks())

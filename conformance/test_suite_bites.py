@@ -1,4 +1,4 @@
-"""The suite itself is tested: a sound backend passes it, planted faults do not, and a run that compared nothing fails."""
+"""The suite itself is tested: a sound backend passes, planted faults do not, and a run that compared nothing fails."""
 
 from __future__ import annotations
 

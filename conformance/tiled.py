@@ -270,7 +270,7 @@ def _grad(post: Tensor, leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...
 
 
 class _StandIns(TorchFunctionMode):
-    """Within it a mod reads copies in the accumulation type instead of its captured tensors, so their gradients add up in it."""
+    """Within it a mod reads copies in the accumulation type, not its captured tensors: gradients add up in that type."""
 
     def __init__(self, copies: dict[int, Tensor]):
         super().__init__()

@@ -1,34 +1,61 @@
-"""From a filled kernel source to an object file, with Numba; imported only when a kernel is in no cache."""
+"""From source to an object file, with Numba and LLVM; imported only when a kernel is in no cache."""
 from __future__ import annotations
 
 import linecache
 
 import llvmlite.binding as llvm
-from numba.core import compiler, registry, types
-from numba.core.compiler_lock import global_compiler_lock
 
 from flexref.backends.numba_cpu.cache import target_machine
 
 
-def compile_source(name: str, source: str, path: str) -> tuple[str, bytes]:
+def compile_kernel(name: str, source: str, path: str) -> tuple[str, bytes]:
     """The symbol and the object code of the function `name(int64, int64)`; `path` is what a traceback names."""
+    symbol, text = _lower(name, source, path)
+    module = llvm.parse_assembly(text)
+    for function in module.functions:
+        if not function.is_declaration and function.name != symbol:
+            function.linkage = "internal"
+    return symbol, _object(module, vectorize=True)
+
+
+def compile_dense(name: str, source: str) -> tuple[str, bytes]:
+    """The same for LLVM source: all that it needs of LLVM is registers, its loops are as they shall be."""
+    return name, _object(llvm.parse_assembly(source), vectorize=False)
+
+
+def _object(module, vectorize: bool) -> bytes:
+    machine = target_machine()
+    options = llvm.create_pipeline_tuning_options(speed_level=3 if vectorize else 1)
+    options.loop_vectorization = vectorize
+    options.loop_unrolling = vectorize
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return machine.emit_object(module)
+
+
+def _lower(name: str, source: str, path: str) -> tuple[str, str]:
+    """The symbol of the function, and its LLVM module as text, not optimised yet."""
+    from numba.core import compiler, config, registry, types
+    from numba.core.compiler_lock import global_compiler_lock
+
     namespace: dict = {"__name__": f"flexref.generated.{name}", "__file__": path}
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-    exec(compile(source, path, "exec"), namespace)
     with global_compiler_lock:
-        library, symbol = _compile(namespace[name])
-        library.finalize()
-        module = llvm.parse_assembly(library.get_llvm_str())
-    return symbol, target_machine().emit_object(module)
-
-
-def _compile(function):
-    flags = compiler.Flags()
-    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-    # division by zero gives inf, and no check is made that could raise: kernels have nobody to raise to
-    registry.cpu_target.options.parse_as_flags(flags, {"fastmath": {"contract"}, "error_model": "numpy", "boundscheck": False})
-    target = registry.cpu_target
-    result = compiler.compile_extra(
-        target.typing_context, target.target_context, function, (types.int64, types.int64), types.void, flags, {}
-    )
-    return result.library, result.fndesc.llvm_func_name
+        exec(compile(source, path, "exec"), namespace)
+        flags = compiler.Flags()
+        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+        # division by zero gives inf, and no check is made that could raise: kernels have nobody to raise to
+        options = {"fastmath": {"contract"}, "error_model": "numpy", "boundscheck": False, "no_rewrites": True}
+        target, level = registry.cpu_target, config.OPT
+        target.options.parse_as_flags(flags, options)
+        # optimising once, at the end, takes half the time of optimising every helper and then their sum
+        config.OPT = 0
+        try:
+            result = compiler.compile_extra(
+                target.typing_context, target.target_context, namespace[name], (types.int64, types.int64), types.void,
+                flags, {},
+            )  # fmt: skip
+            result.library.finalize()
+        finally:
+            config.OPT = level
+        return result.fndesc.llvm_func_name, result.library.get_llvm_str()

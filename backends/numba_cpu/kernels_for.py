@@ -146,8 +146,7 @@ def _small_cached(graph: Graph, extents: tuple[tuple[str, int], ...]) -> frozens
     inputs = {name: interval(0.0, max(extent - 1.0, 0.0)) for name, extent in extents}
     wide = interval(-float("inf"), float("inf"))
     # a captured number is another one at the next call, so nothing is known of it here
-    scalars = [float("nan")] * len(graph.nodes)
-    ranges = evaluate_intervals(graph, inputs, lambda node, indices: wide, scalars)
+    ranges = evaluate_intervals(graph, inputs, lambda node, indices: wide, scalars=None)
     fits = {i for i, x in enumerate(ranges) if float(x.low) >= -_WIDEST_INT and float(x.high) <= _WIDEST_INT}
     return frozenset(i for i in fits if graph.nodes[i].type == "int" and graph.nodes[i].op not in ("load", "scalar"))
 

@@ -113,30 +113,33 @@ def make_cases(packed: Inputs, batch: Inputs) -> list[Case]:
 
 
 def sdpa_mask(case: Case) -> Tensor | None:
-    """The whole case as one dense attn_mask of SDPA, (B, H or 1, L, S) bool or float32; None where it has none."""
+    """The whole case as one dense attn_mask of SDPA, (B or 1, H or 1, L, S) bool or float32; None where it has none."""
     if case.score is None and case.allowed is None:
         return None
-    batch, heads, length = case.inputs.query.shape[:3]
-    j = torch.arange(length)
-    b = torch.arange(batch)[:, None, None, None]
-    h = torch.arange(heads if case.score else 1)[:, None, None]
-    shape = (b.shape[0], h.shape[0], length, length)
-    dense = torch.empty(shape, dtype=torch.float32 if case.score else torch.bool)
+    length = case.inputs.query.shape[2]
+    first = _dense_rows(case, torch.arange(1))
+    dense = torch.empty(*first.shape[:2], length, length, dtype=first.dtype)
     # a few rows at a time: the 64-bit indices would need many times the memory of the mask
     for rows in torch.arange(length).split(256):
-        i = rows[:, None]
-        allowed = True if case.allowed is None else case.allowed(b, h, i, j)
-        part = allowed
-        if case.score:
-            part = case.score(torch.zeros(()), b, h, i, j)
-            part = torch.where(torch.as_tensor(allowed), part, -torch.inf)
-        dense[:, :, rows[0] : rows[-1] + 1] = part
+        dense[:, :, rows[0] : rows[-1] + 1] = _dense_rows(case, rows)
     return dense
 
 
 def sdpa_bytes(case: Case) -> int:
     """What that mask and SDPA's own float copy of it need."""
-    batch, heads, length = case.inputs.query.shape[:3]
-    elements = batch * (heads if case.score else 1) * length * length
-    return elements * (4 if case.score else 5)
+    if case.score is None and case.allowed is None:
+        return 0
+    row = _dense_rows(case, torch.arange(1))
+    return row.numel() * case.inputs.query.shape[2] * (4 if row.is_floating_point() else 5)
 
+
+def _dense_rows(case: Case, rows: Tensor) -> Tensor:
+    """Some rows of the dense mask, as broad in batch and heads as the formulas make it."""
+    batch, heads, length = case.inputs.query.shape[:3]
+    at = torch.arange(batch)[:, None, None, None], torch.arange(heads)[:, None, None], rows[:, None], torch.arange(length)
+    allowed = torch.ones((), dtype=torch.bool) if case.allowed is None else case.allowed(*at)
+    if case.score is None:
+        part = allowed
+    else:
+        part = torch.where(allowed, case.score(torch.zeros(()), *at), -torch.inf)
+    return part.reshape(*(1,) * (4 - part.dim()), *part.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 from flexref.cli.cases import Case
 from flexref.conformance.compare import Call, expectations
 
-SAMPLES = 16
+SAMPLES = 12
 
 
 class Verdict(NamedTuple):

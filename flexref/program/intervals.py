@@ -38,9 +38,9 @@ def evaluate_intervals(
     graph: Graph,
     inputs: Mapping[str, Interval],
     load: Callable[[Node, list[Interval]], Interval],
-    scalars: Sequence[int | float],
+    scalars: Sequence[int | float] | None,
 ) -> list[Interval]:
-    """The interval of every node."""
+    """The interval of every node; `scalars` None means that nothing is known of them."""
     values: list[Interval] = []
     for node in graph.nodes:
         args = [values[a] for a in node.args]
@@ -49,7 +49,8 @@ def evaluate_intervals(
         elif node.op == "const":
             values.append(interval(float(node.attr)))  # type: ignore[arg-type]
         elif node.op == "scalar":
-            values.append(interval(float(scalars[int(node.attr)])))  # type: ignore[arg-type]
+            known = scalars is not None
+            values.append(interval(float(scalars[int(node.attr)])) if known else _WIDEST[node.type])  # type: ignore
         elif node.op == "load":
             values.append(load(node, args))
         elif node.op in _COMPARE:
@@ -96,7 +97,7 @@ def classify_blocks(
 
 
 def index_ranges(
-    graph: Graph, extents: Mapping[str, int], scalars: Sequence[int | float] = ()
+    graph: Graph, extents: Mapping[str, int], scalars: Sequence[int | float] | None = None
 ) -> dict[int, list[tuple[float, float]]]:
     """For each load, the lowest and highest value of each of its indices, when every input is in [0, extent).
 

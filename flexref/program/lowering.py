@@ -76,12 +76,19 @@ def _pow(g: Builder, a, b, **_) -> Ref:
 
 
 def _clamp(g: Builder, x, low=None, high=None, **_) -> Ref:
-    x = x if low is None else g.op("maximum", x, low)
-    return _identity(g, x if high is None else g.op("minimum", x, high))
+    """By selection, so that the derivative at a bound is 1, as PyTorch's is; maximum would share it out."""
+    x = x if low is None else g.op("where", g.op("lt", x, low), low, x)
+    return _identity(g, x if high is None else g.op("where", g.op("gt", x, high), high, x))
+
+
+def _hardtanh(g: Builder, x, low=-1, high=1, **_) -> Ref:
+    """A clamp whose derivative at a bound is 0."""
+    x = g.op("where", g.op("le", x, low), low, x)
+    return g.op("where", g.op("ge", x, high), high, x)
 
 
 def _relu(g: Builder, x, **_) -> Ref:
-    return g.op("maximum", x, 0)
+    return g.op("where", g.op("le", x, 0), 0, x)
 
 
 def _silu(g: Builder, x, **_) -> Ref:
@@ -200,7 +207,7 @@ LOWERING: dict[str, Row] = {
     "clamp": _clamp,
     "clamp_min": lambda g, x, low, **_: _clamp(g, x, low),
     "clamp_max": lambda g, x, high, **_: _clamp(g, x, None, high),
-    "hardtanh": lambda g, x, low=-1, high=1, **_: _clamp(g, x, low, high),
+    "hardtanh": _hardtanh,
     "relu": _relu,
     "silu": _silu,
     "gelu": _gelu,

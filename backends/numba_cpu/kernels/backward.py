@@ -14,9 +14,8 @@ import math
 
 from numba import float32, float64, int32, int64, uint8
 
-from flexref.backends.numba_cpu.kernels.gemm import gemm, lanes_of, transpose
 from flexref.backends.numba_cpu.kernels.layout import P, T
-from flexref.backends.numba_cpu.kernels.machine import call_tile, next_task, pointer
+from flexref.backends.numba_cpu.kernels.machine import call_tile, gemm, lanes_of, next_task, pointer, transpose
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_k
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_q
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_v
@@ -32,7 +31,7 @@ INF = real(math.inf)
 
 
 @helper
-def pack_rows(source, row_step, col_step, n, lanes, width, padded, scale, rows_at, columns_at, ld):
+def pack_rows(transpose_at, source, row_step, col_step, n, lanes, width, padded, scale, rows_at, columns_at, ld):
     """Rows times `scale`, as rows of `padded` numbers and as columns of `ld`; whether all of them are finite."""
     rows = pointer(rows_at, real)
     strange = real(0)
@@ -44,7 +43,7 @@ def pack_rows(source, row_step, col_step, n, lanes, width, padded, scale, rows_a
             x = real(read_q(source, i * row_step + e * col_step)) * scale
             rows[i * padded + e] = x
             strange += x * real(0)
-    transpose(real, lanes, padded, rows_at, padded, columns_at, ld)
+    transpose(transpose_at, lanes, padded, rows_at, padded, columns_at, ld)
     return strange == real(0)
 
 
@@ -143,7 +142,7 @@ def write_query_grads(params, b, h, q0, n, lanes, columns_at, rows_at):
     scale = real(pointer(params, float64)[P.scale])
     width, ld = sizes[P.width], sizes[P.q_tile]
     padded = (width + LANES - 1) // LANES * LANES
-    transpose(real, padded, lanes, columns_at, ld, rows_at, padded)
+    transpose(sizes[P.transpose], padded, lanes, columns_at, ld, rows_at, padded)
     rows = pointer(rows_at, real)
     target = sizes[P.dq] + Q_BYTES * (b * sizes[P.dq_b] + h * sizes[P.dq_h] + q0 * sizes[P.dq_row])
     for i in range(n):
@@ -153,6 +152,7 @@ def write_query_grads(params, b, h, q0, n, lanes, columns_at, rows_at):
 
 def backward(params, worker):
     sizes = pointer(params, int64)
+    gemm_at = sizes[P.gemm]
     scratch = sizes[P.scratch] + worker * sizes[P.scratch_size]
     tile_at = scratch + sizes[P.at_tile]
     tile = pointer(tile_at, int64)
@@ -209,10 +209,14 @@ def backward(params, worker):
             tile[T.n] = n
             q_source = sizes[P.q] + Q_BYTES * (b * sizes[P.q_b] + h * sizes[P.q_h] + q0 * sizes[P.q_row])
             g_source = sizes[P.g] + Q_BYTES * (b * sizes[P.g_b] + h * sizes[P.g_h] + q0 * sizes[P.g_row])
-            fine = pack_rows(q_source, sizes[P.q_row], sizes[P.q_col], n, lanes, width, padded, scale, q_at, q_t_at, ld)
+            fine = pack_rows(
+                sizes[P.transpose], q_source, sizes[P.q_row], sizes[P.q_col], n, lanes, width, padded, scale,
+                q_at, q_t_at, ld,
+            )  # fmt: skip
             fine &= pack_rows(
-                g_source, sizes[P.g_row], sizes[P.g_col], n, lanes, value_width, value_padded, real(1), g_at, g_t_at, ld
-            )
+                sizes[P.transpose], g_source, sizes[P.g_row], sizes[P.g_col], n, lanes, value_width, value_padded,
+                real(1), g_at, g_t_at, ld,
+            )  # fmt: skip
             careful = not (fine and finite)
             statistics(params, b, h, q0, n, lanes, g_at, rows_at)
             for i in range(padded * ld):
@@ -254,8 +258,8 @@ def backward(params, worker):
                                     copy[j * value_width + d] = real(read_v(v_at, j * v_row + d * v_col))
                             v_at, v_step, v_next = v_copy, value_width, int64(1)
                         s_used, g_used = scores_at + BYTES * lo * ld, grads_at + BYTES * lo * ld
-                        gemm(real, hi - lo, lanes, width, k_at, k_step, k_next, q_t_at, ld, s_used, ld, 0)
-                        gemm(real, hi - lo, lanes, value_width, v_at, v_step, v_next, g_t_at, ld, g_used, ld, 0)
+                        gemm(gemm_at, hi - lo, lanes, width, k_at, k_step, k_next, q_t_at, ld, s_used, ld, 0)
+                        gemm(gemm_at, hi - lo, lanes, value_width, v_at, v_step, v_next, g_t_at, ld, g_used, ld, 0)
                         if sizes[P.grad_tile] != 0:
                             call_tile(sizes[P.grad_tile], params, tile_at)
                         else:
@@ -268,9 +272,12 @@ def backward(params, worker):
                             careful_rows(grads_at, lo, hi, n, ld, q_at, width, padded, dk_rows)
                             careful_columns(grads_at, lo, hi, n, ld, k_at, k_step, k_next, width, dq_t_at)
                         else:
-                            gemm(real, hi - lo, value_padded, lanes, s_used, ld, 1, g_at, value_padded, dv_rows, value_padded, 1)
-                            gemm(real, hi - lo, padded, lanes, g_used, ld, 1, q_at, padded, dk_rows, padded, 1)
-                            gemm(real, width, lanes, hi - lo, k_at, k_next, k_step, g_used, ld, dq_t_at, ld, 1)
+                            gemm(
+                                gemm_at, hi - lo, value_padded, lanes, s_used, ld, 1, g_at, value_padded,
+                                dv_rows, value_padded, 1,
+                            )  # fmt: skip
+                            gemm(gemm_at, hi - lo, padded, lanes, g_used, ld, 1, q_at, padded, dk_rows, padded, 1)
+                            gemm(gemm_at, width, lanes, hi - lo, k_at, k_next, k_step, g_used, ld, dq_t_at, ld, 1)
             if sizes[P.dq] != 0:
                 write_query_grads(params, b, h, q0, n, lanes, dq_t_at, q_at)
     if tile[T.error] != 0 and next_task(params + 8 * P.errors) == 0:

@@ -9,9 +9,8 @@ import math
 
 from numba import float32, float64, int32, int64, uint8
 
-from flexref.backends.numba_cpu.kernels.gemm import gemm, lanes_of, transpose
 from flexref.backends.numba_cpu.kernels.layout import P, T
-from flexref.backends.numba_cpu.kernels.machine import call_tile, next_task, pointer
+from flexref.backends.numba_cpu.kernels.machine import call_tile, gemm, lanes_of, next_task, pointer, transpose
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_k
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_q
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_v
@@ -40,7 +39,7 @@ def pack_query(params, source, n, lanes, rows_at, columns_at):
     for i in range(n):
         for e in range(width):
             rows[i * padded + e] = real(read_q(source, i * row_step + e * col_step)) * scale
-    transpose(real, lanes, padded, rows_at, padded, columns_at, ld)
+    transpose(sizes[P.transpose], lanes, padded, rows_at, padded, columns_at, ld)
 
 
 @helper
@@ -51,7 +50,7 @@ def softmax(scores_at, live_at, masked, lo, hi, lanes, ld, max_at, sum_at, shrin
     shrink, fresh = pointer(shrink_at, real), pointer(fresh_at, real)
     for i in range(lanes):
         fresh[i] = row_max[i]
-    if masked:
+    if masked != 0:
         for j in range(lo, hi):
             for i in range(lanes):
                 s = scores[j * ld + i] if live[j * ld + i] != 0 else -INF
@@ -101,13 +100,13 @@ def mark_live(scores_at, live_at, masked, lo, hi, lanes, ld):
     s, live = pointer(scores_at, real), pointer(live_at, uint8)
     for j in range(lo, hi):
         for i in range(lanes):
-            seen = not masked or live[j * ld + i] != 0
+            seen = masked == 0 or live[j * ld + i] != 0
             live[j * ld + i] = seen and s[j * ld + i] != -INF
 
 
 @helper
 def write_rows(params, b, h, q0, n, o_at, rows_at, max_at, sum_at, lanes, careful):
-    """Divide by row_sum and write out, lse and max_scores; False, and nothing written, if a number is not finite."""
+    """Divide by row_sum, write out, lse and max_scores, and return 1; or write nothing and return 0: not all finite."""
     sizes = pointer(params, int64)
     ld, width, q_len = sizes[P.q_tile], sizes[P.value_width], sizes[P.q_len]
     padded = (width + LANES - 1) // LANES * LANES
@@ -121,9 +120,9 @@ def write_rows(params, b, h, q0, n, o_at, rows_at, max_at, sum_at, lanes, carefu
             x = o[d * ld + i] * inverse[i]
             o[d * ld + i] = x
             strange = strange if x - x == real(0) else real(1)
-    if strange != real(0) and not careful:
-        return False
-    transpose(real, padded, lanes, o_at, ld, rows_at, padded)
+    if strange != real(0) and careful == 0:
+        return int64(0)
+    transpose(sizes[P.transpose], padded, lanes, o_at, ld, rows_at, padded)
     row_step, col_step = sizes[P.o_row], sizes[P.o_col]
     target = sizes[P.o] + Q_BYTES * (b * sizes[P.o_b] + h * sizes[P.o_h] + q0 * row_step)
     for i in range(n):
@@ -136,11 +135,12 @@ def write_rows(params, b, h, q0, n, o_at, rows_at, max_at, sum_at, lanes, carefu
         lse[start + i] = row_max[i] + real(math.log(total)) if total != real(0) else -INF
         if sizes[P.max_scores] != 0:
             max_scores[start + i] = row_max[i] if total == total else total
-    return True
+    return int64(1)
 
 
 def forward(params, worker):
     sizes = pointer(params, int64)
+    gemm_at = sizes[P.gemm]
     scratch = sizes[P.scratch] + worker * sizes[P.scratch_size]
     tile_at = scratch + sizes[P.at_tile]
     tile = pointer(tile_at, int64)
@@ -160,10 +160,10 @@ def forward(params, worker):
     tile[T.scores] = scores_at
     tile[T.live] = live_at
     tiles_a_row = (sizes[P.q_block] + ld - 1) // ld
-    careful = False
+    careful = int64(0)
     task = int64(-1)
     while True:
-        if not careful:
+        if careful == 0:
             task = next_task(params + 8 * P.counter)
         if task >= sizes[P.tasks]:
             break
@@ -200,14 +200,14 @@ def forward(params, worker):
                 block = int64(indices[at]) if sizes[P.offsets] != 0 else int64(0)
                 block_end = min((block + 1) * sizes[P.kv_block], sizes[P.kv_len])
                 for kv0 in range(block * sizes[P.kv_block], block_end, kv_tile):
-                    lo, hi, masked = int64(0), min(kv_tile, block_end - kv0), False
+                    lo, hi, masked = int64(0), min(kv_tile, block_end - kv0), int64(0)
                     tile[T.kv0] = kv0
                     tile[T.lo] = lo
                     tile[T.hi] = hi
                     if not full and sizes[P.mask_tile] != 0:
                         call_tile(sizes[P.mask_tile], params, tile_at)
                         lo, hi = tile[T.lo], tile[T.hi]
-                        masked = tile[T.allowed] != (hi - lo) * n
+                        masked = int64(tile[T.allowed] != (hi - lo) * n)
                         if lo >= hi:
                             continue
                     tile[T.masked] = masked
@@ -219,13 +219,13 @@ def forward(params, worker):
                                 copy[j * width + e] = real(read_k(k_at, j * k_row + e * k_col))
                         k_at, k_step, k_next = k_copy, width, int64(1)
                     used = scores_at + BYTES * lo * ld
-                    gemm(real, hi - lo, lanes, width, k_at, k_step, k_next, q_t_at, ld, used, ld, 0)
+                    gemm(gemm_at, hi - lo, lanes, width, k_at, k_step, k_next, q_t_at, ld, used, ld, 0)
                     if sizes[P.score_tile] != 0:
                         call_tile(sizes[P.score_tile], params, tile_at)
-                    if careful:
+                    if careful != 0:
                         mark_live(scores_at, live_at, masked, lo, hi, lanes, ld)
                     changed = softmax(
-                        scores_at, live_at, masked or careful, lo, hi, lanes, ld, max_at, sum_at, shrink_at, fresh_at
+                        scores_at, live_at, masked | careful, lo, hi, lanes, ld, max_at, sum_at, shrink_at, fresh_at
                     )
                     if changed != 0:
                         for d in range(value_width):
@@ -238,14 +238,14 @@ def forward(params, worker):
                             for d in range(value_width):
                                 copy[j * value_width + d] = real(read_v(v_at, j * v_row + d * v_col))
                         v_at, v_step, v_next = v_copy, value_width, int64(1)
-                    if careful:
+                    if careful != 0:
                         careful_product(
                             scores_at, live_at, lo, hi, lanes, ld, v_at, v_step, v_next, value_width, o_t_at
                         )
                     else:
-                        gemm(real, value_width, lanes, hi - lo, v_at, v_next, v_step, used, ld, o_t_at, ld, 1)
+                        gemm(gemm_at, value_width, lanes, hi - lo, v_at, v_next, v_step, used, ld, o_t_at, ld, 1)
         # a number that is not finite may come from a masked value: once more, position by position
-        careful = not write_rows(params, b, h, q0, n, o_t_at, q_at, max_at, sum_at, lanes, careful)
+        careful = 1 - write_rows(params, b, h, q0, n, o_t_at, q_at, max_at, sum_at, lanes, careful)
     if tile[T.error] != 0 and next_task(params + 8 * P.errors) == 0:
         sizes[P.error_load] = tile[T.error_load]
         sizes[P.error_dim] = tile[T.error_dim]

@@ -1,24 +1,28 @@
 """The two dense kernels, in LLVM vector instructions: a matrix product whose sums stay in registers, and a transpose.
 
-Everything else in a driver is written in Python and vectorised by LLVM; these two it cannot find by itself.
+Everything else in a driver is written in Python and vectorised by LLVM; these two it cannot find by itself. Each is
+made once for a number type and called by address, so that no driver has to be compiled together with it.
+
+gemm(m, n, k, a, a_row, a_col, b, b_row, c, c_row, add): C[m, n] = A[m, k] B[k, n], added to C if `add`. A has any
+strides (in elements). B and C have rows of contiguous numbers; n is a multiple of the vector width, k at least 1.
+transpose(m, n, a, a_row, b, b_row): B[n, m] = A[m, n]; m and n are multiples of the vector width, rows contiguous.
 """
 from __future__ import annotations
 
+import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-
-from flexref.backends.numba_cpu.kernels.machine import vector_bytes
 
 _I64, _I32 = ir.IntType(64), ir.IntType(32)
 _ZERO = ir.Constant(_I64, 0)
-_SIZE = {types.float32: 4, types.float64: 8}
-_LLVM = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+_LLVM = {4: ir.FloatType(), 8: ir.DoubleType()}
 
 
-def lanes_of(real) -> int:
-    """How many numbers of this Numba type one vector register holds."""
-    return vector_bytes() // _SIZE[real]
+def vector_bytes() -> int:
+    """The widest vector register of this machine, in bytes."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64
+    return 32 if features.get("avx2") and features.get("fma") else 16
 
 
 def block_shapes() -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -26,42 +30,21 @@ def block_shapes() -> tuple[tuple[int, ...], tuple[int, ...]]:
     return ((4, 1), (2, 1)) if vector_bytes() == 32 else ((4, 1), (4, 2, 1))
 
 
-@intrinsic
-def gemm(typingctx, kind, m, n, k, a, a_row, a_col, b, b_row, c, c_row, add):
-    """C[m, n] = A[m, k] B[k, n], added to C if `add`. `kind` is the Numba type; a, b, c are addresses.
-
-    A has any strides (in elements). B and C have rows of contiguous numbers; n is a multiple of the vector width.
-    """
-    real = kind.instance_type
-
-    def codegen(context, builder, signature, args):
-        builder.call(_gemm_function(builder.module, real), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 11), codegen
-
-
-@intrinsic
-def transpose(typingctx, kind, m, n, a, a_row, b, b_row):
-    """B[n, m] = A[m, n] transposed; m and n are multiples of the vector width, rows are contiguous."""
-    real = kind.instance_type
-
-    def codegen(context, builder, signature, args):
-        builder.call(_transpose_function(builder.module, real), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(kind, *[types.int64] * 6), codegen
+def dense_source(kernel: str, size: int) -> str:
+    """The LLVM module of the function `kernel`, "gemm" or "transpose", for numbers of `size` bytes."""
+    module = ir.Module(kernel)
+    module.triple = llvm.get_process_triple()
+    {"gemm": _gemm, "transpose": _transpose}[kernel](module, size)
+    return str(module)
 
 
 class _Writer:
     """An LLVM function under construction, with the few phrases that both kernels use."""
 
-    def __init__(self, module: ir.Module, name: str, count: int, real):
+    def __init__(self, module: ir.Module, name: str, count: int, size: int):
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * count), name)
-        self.function.linkage = "internal"
-        self.function.attributes.add("noinline")
         self.ir = ir.IRBuilder(self.function.append_basic_block())
-        self.real, self.size, self.lanes = _LLVM[real], _SIZE[real], lanes_of(real)
+        self.real, self.size, self.lanes = _LLVM[size], size, vector_bytes() // size
         self.vector = ir.VectorType(self.real, self.lanes)
 
     def address(self, base, *offsets):
@@ -100,11 +83,8 @@ class _Writer:
         return i
 
 
-def _gemm_function(module: ir.Module, real) -> ir.Function:
-    name = f"flexref_gemm_{real}"
-    if name in module.globals:
-        return module.globals[name]
-    w = _Writer(module, name, 11, real)
+def _gemm(module: ir.Module, size: int) -> None:
+    w = _Writer(module, "gemm", 11, size)
     m, n = w.function.args[:2]
     row_blocks, column_blocks = block_shapes()
     column = _ZERO
@@ -117,7 +97,6 @@ def _gemm_function(module: ir.Module, real) -> ir.Function:
 
         column = w.steps(column, n, vectors * w.lanes, panel)
     w.ir.ret_void()
-    return w.function
 
 
 def _block(w: _Writer, i, j, rows: int, vectors: int) -> None:
@@ -164,14 +143,14 @@ def _products(w: _Writer, at, starts, b_start, sums):
     fma = w.ir.module.declare_intrinsic(
         f"llvm.fma.v{w.lanes}f{w.size * 8}", fnty=ir.FunctionType(w.vector, [w.vector] * 3)
     )
-    return [[w.ir.call(fma, [x, y, old]) for y, old in zip(right, row, strict=True)] for x, row in zip(left, sums, strict=True)]
+    return [
+        [w.ir.call(fma, [x, y, old]) for y, old in zip(right, olds, strict=True)]
+        for x, olds in zip(left, sums, strict=True)
+    ]
 
 
-def _transpose_function(module: ir.Module, real) -> ir.Function:
-    name = f"flexref_transpose_{real}"
-    if name in module.globals:
-        return module.globals[name]
-    w = _Writer(module, name, 6, real)
+def _transpose(module: ir.Module, size: int) -> None:
+    w = _Writer(module, "transpose", 6, size)
     m, n, a, a_row, b, b_row = w.function.args
 
     def square(i, j):
@@ -184,7 +163,6 @@ def _transpose_function(module: ir.Module, real) -> ir.Function:
 
     w.steps(_ZERO, m, w.lanes, lambda i: w.steps(_ZERO, n, w.lanes, lambda j: square(i, j)))
     w.ir.ret_void()
-    return w.function
 
 
 def _transposed(w: _Writer, rows: list) -> list:

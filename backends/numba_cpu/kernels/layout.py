@@ -20,8 +20,8 @@ _PARAMS = (
     "batch", "kv_batch", "q_heads", "group", "q_len", "kv_len", "width", "value_width", "q_tile", "kv_tile",
     "tiles", "splits", "q_block", "kv_block", "rows", "row_step_b", "row_step_h",
     "offsets", "indices", "full_offsets", "full_indices", "lse", "lse_grad", "max_scores", "scratch", "scratch_size",
-    "partial", "accumulators", "accumulators_size", "mask_tile", "score_tile", "grad_tile", "captured", "floats",
-    "ints",
+    "partial", "accumulators", "accumulators_size", "mask_tile", "score_tile", "grad_tile", "gemm", "transpose", "captured",
+    "floats", "ints",
 )  # fmt: skip
 _PARAMS += tuple("at_" + name for name in SCRATCH)
 _PARAMS += tuple(name + stride for name in TENSORS for stride in ("", "_b", "_h", "_row", "_col"))
@@ -29,7 +29,6 @@ _TILE = (
     "b", "h", "q0", "n", "kv0", "lo", "hi", "allowed", "ld", "scores", "raw", "grads", "live", "masked", "rows",
     "accumulators", "error", "error_load", "error_dim", "error_index",
 )  # fmt: skip
-
 
 
 def _constants(name: str, fields: tuple[str, ...]) -> ModuleType:

@@ -4,20 +4,18 @@ Each is an LLVM instruction or two, so that it costs nothing to compile or to ru
 """
 from __future__ import annotations
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from flexref.backends.numba_cpu.kernels.gemm import vector_bytes
+
 _FLOAT_BITS = {types.float32: types.int32, types.float64: types.int64}
 
 
-def vector_bytes() -> int:
-    """The widest vector register of this machine, in bytes."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 64
-    return 32 if features.get("avx2") and features.get("fma") else 16
+def lanes_of(real) -> int:
+    """How many numbers of this Numba type one vector register holds."""
+    return vector_bytes() // (real.bitwidth // 8)
 
 
 @intrinsic
@@ -59,6 +57,33 @@ def call_tile(typingctx, function, params, tile):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+def _call_dense(args, builder, context):
+    whole = ir.IntType(64)
+    callee_type = ir.FunctionType(ir.VoidType(), [whole] * (len(args) - 1))
+    builder.call(builder.inttoptr(args[0], callee_type.as_pointer()), args[1:])
+    return context.get_dummy_value()
+
+
+@intrinsic
+def gemm(typingctx, function, m, n, k, a, a_row, a_col, b, b_row, c, c_row, add):
+    """Call gemm.py's product at the address `function`; a, b, c are addresses."""
+
+    def codegen(context, builder, signature, args):
+        return _call_dense(args, builder, context)
+
+    return types.void(*[types.int64] * 12), codegen
+
+
+@intrinsic
+def transpose(typingctx, function, m, n, a, a_row, b, b_row):
+    """Call gemm.py's transpose at the address `function`."""
+
+    def codegen(context, builder, signature, args):
+        return _call_dense(args, builder, context)
+
+    return types.void(*[types.int64] * 7), codegen
 
 
 @intrinsic
