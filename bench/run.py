@@ -72,6 +72,13 @@ class Bench:
         shown = why if value is None else f"{value:.3g} {target.unit}"
         self.say(f"{'met ' if met else 'MISS'}  {name}: {shown} (asked {target.asked:g} {target.unit})")
 
+    def refused(self, variant: str, targets: tuple[str, ...], gradients: bool = False) -> bool:
+        """Whether flexref fails the comparison on `variant`; then `targets` are missed, with the reason."""
+        why = complaint(variants(self.heads, self.length)[variant], self.inputs(), self.backend, gradients)
+        for name in targets if why else ():
+            self.target(name, None, why)
+        return bool(why)
+
     def pair(self, what: str, variant: Variant, inputs: Inputs, gradients: bool, rival: Callable) -> Timing | None:
         """Times flexref beside `rival` on one variant; None, said and recorded, if flexref fails its comparison."""
         why = complaint(variant, inputs, self.backend, gradients)
@@ -172,6 +179,13 @@ def against_sdpa(bench: Bench) -> None:
 
 def starting(bench: Bench) -> None:
     """A new mod's first call, from an empty cache and from a filled one; the cost of the import."""
+    names = (
+        "first call of a new mod",
+        "first call from the disk cache in a new process, over the import",
+        "import flexref over import torch",
+    )
+    if bench.refused("ALiBi + causal", names, gradients=True):
+        return
     firsts, cached, imports = [], [], []
     for _ in range(1 if bench.quick else 5):
         with TemporaryDirectory() as cache:
@@ -179,11 +193,7 @@ def starting(bench: Bench) -> None:
             firsts.append(in_new_process("first", cache, *arguments)["first"])
             cached.append(in_new_process("first", cache, *arguments)["first"])
             imports.append(in_new_process("import", cache)["flexref"])
-    for name, samples in (
-        ("first call of a new mod", firsts),
-        ("first call from the disk cache in a new process, over the import", cached),
-        ("import flexref over import torch", imports),
-    ):
+    for name, samples in zip(names, (firsts, cached, imports), strict=True):
         bench.target(name, statistics.median(samples), spread=Timing.of(samples))
 
 
@@ -212,6 +222,10 @@ def fixed_cost(bench: Bench) -> None:
 
 def memory(bench: Bench) -> None:
     """Peak extra memory at two lengths; a process each."""
+    name = "peak extra memory, causal forward + backward, over q, k, v, out and gradients"
+    growth = "growth of peak extra memory when S doubles"
+    if bench.refused("causal", (name, growth), gradients=True):
+        return
     long = 8192 if bench.quick else 32768
     found = {}
     with TemporaryDirectory() as cache:
@@ -219,13 +233,14 @@ def memory(bench: Bench) -> None:
             measured = in_new_process("memory", cache, "--backend", bench.backend, "--length", str(length))
             found[length] = measured
             bench.cases.append({"what": "memory", "length": length, **measured})
-    name = "peak extra memory, causal forward + backward, over q, k, v, out and gradients"
     bench.target(name, found[long]["extra"] / found[long]["tensors"])
-    bench.target("growth of peak extra memory when S doubles", found[long]["extra"] / found[long // 2]["extra"])
+    bench.target(growth, found[long]["extra"] / found[long // 2]["extra"])
 
 
 def threads(bench: Bench) -> None:
     """The same forward with two threads and with one."""
+    if bench.refused("full", ("two threads over one",)):
+        return
     inputs = bench.inputs()
 
     def with_threads(count: int) -> Callable[[], None]:

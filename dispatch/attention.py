@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,17 +42,17 @@ def flex_attention(
     key: Tensor,
     value: Tensor,
     score_mod: Callable | None = None,
-    block_mask: BlockMask | None = None,
+    block_mask: BlockMask | Any = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     kernel_options: dict[str, object] | None = None,
     *,
-    return_aux: AuxRequest | None = None,
+    return_aux: AuxRequest | Any = None,
     mask_mod: Callable | None = None,
     backend: str = "auto",
     deterministic: bool = False,
-):
+) -> Any:
     """softmax(score_mod(scale * query @ key.T)) @ value, over the positions that the mask allows.
 
     Shapes: query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev); float16, bfloat16, float32 or
@@ -113,13 +113,13 @@ def explain(
     key: Tensor,
     value: Tensor,
     score_mod: Callable | None = None,
-    block_mask: BlockMask | None = None,
+    block_mask: BlockMask | Any = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     kernel_options: dict[str, object] | None = None,
     *,
-    return_aux: AuxRequest | None = None,
+    return_aux: AuxRequest | Any = None,
     mask_mod: Callable | None = None,
     backend: str = "auto",
     deterministic: bool = False,

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -49,7 +49,7 @@ class Backend(Protocol):
 def find_backends() -> dict[str, Backend]:
     """Every backend by name, the highest rank first."""
     package = importlib.import_module("flexref.backends")
-    found = [
+    found: list[Any] = [
         importlib.import_module(f"flexref.backends.{module.name}")
         for module in pkgutil.iter_modules(package.__path__)
         if module.ispkg

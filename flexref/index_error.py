@@ -7,7 +7,7 @@ from torch import Tensor
 from flexref.errors import index_error
 from flexref.problem import Problem, Tensors
 from flexref.program.interpret import dtype_of, evaluate
-from flexref.program.ir import Graph, Node
+from flexref.program.ir import INDICES, Graph, Node
 
 
 def named_index_error(problem: Problem, tensors: Tensors) -> IndexError | None:
@@ -15,7 +15,7 @@ def named_index_error(problem: Problem, tensors: Tensors) -> IndexError | None:
     shape = (problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
     device = tensors.query.device
     axes = [torch.arange(n, device=device) for n in shape]
-    inputs = dict(zip(("b", "h", "q_idx", "kv_idx"), torch.meshgrid(*axes, indexing="ij"), strict=True))
+    inputs: dict[str, Tensor] = dict(zip(INDICES, torch.meshgrid(*axes, indexing="ij"), strict=True))
     inputs["score"] = torch.zeros(shape, dtype=problem.acc_dtype, device=device)
     yes = torch.ones(shape, dtype=torch.bool, device=device)
     listed, full = (yes, ~yes) if tensors.block_mask is None else tensors.block_mask.listed()

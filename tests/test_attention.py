@@ -167,7 +167,7 @@ def test_no_grad_and_checkpoint():
 def test_several_threads_get_the_same_bits():
     query, key, value = qkv(length=130, kv_len=130)
     want = flex_attention(query, key, value, soft_cap, mask_mod=causal)
-    got = [None] * 6
+    got: list = [None] * 6
 
     def run(i):
         got[i] = flex_attention(query, key, value, soft_cap, mask_mod=causal)

@@ -49,7 +49,7 @@ def test_derivative_is_autograds(name):
     leaves = (score, weight, table, gain)
     want = torch.autograd.grad(out, leaves, grad, allow_unused=True) if out.requires_grad else (None,) * 4
     names = ("score", "b", "h", "q_idx", "kv_idx", "grad")
-    inputs = dict(zip(names, (score.detach(), *index, grad), strict=True))
+    inputs: dict[str, torch.Tensor] = dict(zip(names, (score.detach(), *index, grad), strict=True))
     with torch.no_grad():
         got = interpret(derivative, inputs, [t.detach() for t in traced.captured], traced.scalars)
     expected = torch.zeros_like(score) if want[0] is None else want[0]

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,21 +22,29 @@ _lock = threading.RLock()
 _loaded: dict[str, int] = {}
 _linkers: list = []
 _MAGIC = b"flexref kernel 1\n"
+# written in LLVM instructions; their source is the name of a number type
+DENSE = ("gemm", "transpose")
 
 
 class CacheWarning(UserWarning):
     """The cache folder cannot be used; kernels are compiled again in each process."""
 
 
-def address_of(name: str, source: str) -> int:
-    """The address of the function `name`, with two int64 arguments, of a filled kernel source. Safe from several threads."""
-    key = hashlib.sha256("\n".join((name, source, *_fingerprint())).encode()).hexdigest()[:32]
-    address = _loaded.get(key)
-    if address is None:
+def addresses_of(sources: dict[str, str]) -> dict[str, int]:
+    """The address of each function, by name, from its filled kernel source. Safe from several threads."""
+    keys = {name: _key(name, source) for name, source in sources.items()}
+    if any(key not in _loaded for key in keys.values()):
         with _lock:
-            address = _loaded.get(key) or _load_or_compile(f"{name}_{key}", name, source)
-            _loaded[key] = address
-    return address
+            missing = [name for name in sources if keys[name] not in _loaded]
+            # while Numba reads one kernel, LLVM can translate another
+            with ThreadPoolExecutor(2) as pool:
+                found = pool.map(lambda name: _load_or_compile(f"{name}_{keys[name]}", name, sources[name]), missing)
+                _loaded.update(zip([keys[name] for name in missing], found, strict=True))
+    return {name: _loaded[key] for name, key in keys.items()}
+
+
+def _key(name: str, source: str) -> str:
+    return hashlib.sha256("\n".join((name, source, *_fingerprint())).encode()).hexdigest()[:32]
 
 
 def _load_or_compile(stem: str, name: str, source: str) -> int:
@@ -48,9 +57,11 @@ def _load_or_compile(stem: str, name: str, source: str) -> int:
             warnings.warn(f"{path} is damaged ({error}); it is made again.", CacheWarning, stacklevel=2)
     from flexref.backends.numba_cpu import compiler
 
-    symbol, code = compiler.compile_source(name, source, str(path.with_suffix(".py")) if path else f"<{stem}>")
-    if path is not None:
-        _write(path.with_suffix(".py"), source.encode())
+    text_path = None if path is None else path.with_suffix(".ll" if name in DENSE else ".py")
+    make = compiler.compile_dense if name in DENSE else compiler.compile_kernel
+    symbol, code, text = make(name, source, str(text_path or f"<{stem}>"))
+    if path is not None and text_path is not None:
+        _write(text_path, text.encode())
         digest = hashlib.sha256(code).digest()
         _write(path, _MAGIC + symbol.encode() + b"\n" + digest + code)
     return _link(symbol, code)

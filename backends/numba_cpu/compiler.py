@@ -6,21 +6,23 @@ import linecache
 import llvmlite.binding as llvm
 
 from flexref.backends.numba_cpu.cache import target_machine
+from flexref.backends.numba_cpu.kernels.gemm import dense_source
 
 
-def compile_kernel(name: str, source: str, path: str) -> tuple[str, bytes]:
-    """The symbol and the object code of the function `name(int64, int64)`; `path` is what a traceback names."""
+def compile_kernel(name: str, source: str, path: str) -> tuple[str, bytes, str]:
+    """The symbol, object code and source of the function `name(int64, int64)`; `path` is what a traceback names."""
     symbol, text = _lower(name, source, path)
     module = llvm.parse_assembly(text)
     for function in module.functions:
         if not function.is_declaration and function.name != symbol:
             function.linkage = "internal"
-    return symbol, _object(module, vectorize=True)
+    return symbol, _object(module, vectorize=True), source
 
 
-def compile_dense(name: str, source: str) -> tuple[str, bytes]:
-    """The same for LLVM source: all that it needs of LLVM is registers, its loops are as they shall be."""
-    return name, _object(llvm.parse_assembly(source), vectorize=False)
+def compile_dense(name: str, kind: str, path: str) -> tuple[str, bytes, str]:
+    """The same for gemm.py's kernels, whose loops are as they shall be: LLVM only has to find registers."""
+    text = dense_source(name, {"float32": 4, "float64": 8}[kind])
+    return name, _object(llvm.parse_assembly(text), vectorize=False), text
 
 
 def _object(module, vectorize: bool) -> bytes:
@@ -46,15 +48,14 @@ def _lower(name: str, source: str, path: str) -> tuple[str, str]:
         flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
         # division by zero gives inf, and no check is made that could raise: kernels have nobody to raise to
         options = {"fastmath": {"contract"}, "error_model": "numpy", "boundscheck": False, "no_rewrites": True}
-        target, level = registry.cpu_target, config.OPT
-        target.options.parse_as_flags(flags, options)
+        registry.cpu_target.options.parse_as_flags(flags, options)
+        # made before the level changes: they are everybody's, and remember it
+        contexts = registry.cpu_target.typing_context, registry.cpu_target.target_context
+        arguments, level = (types.int64, types.int64), config.OPT
         # optimising once, at the end, takes half the time of optimising every helper and then their sum
-        config.OPT = 0
+        config.OPT = type(level)(0)
         try:
-            result = compiler.compile_extra(
-                target.typing_context, target.target_context, namespace[name], (types.int64, types.int64), types.void,
-                flags, {},
-            )  # fmt: skip
+            result = compiler.compile_extra(*contexts, namespace[name], arguments, types.void, flags, {})
             result.library.finalize()
         finally:
             config.OPT = level

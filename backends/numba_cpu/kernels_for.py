@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from flexref.backends.numba_cpu.cache import address_of
+from flexref.backends.numba_cpu.cache import DENSE, addresses_of
 from flexref.backends.numba_cpu.emitter import NumbaEmitter
 from flexref.problem import Capture, Problem
 from flexref.program.derive import derive
@@ -19,13 +19,18 @@ _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 _WIDEST_INT = 2**31 - 1
 
 
-def driver(direction: str, problem: Problem) -> int:
-    """The address of the forward or the backward driver, which depends on the dtypes alone."""
-    return _driver(direction, problem.dtype, problem.key_dtype, problem.value_dtype)
+def addresses(problem: Problem, backward: bool) -> dict[str, int]:
+    """The addresses of the driver ("forward" or "backward"), the dense kernels, and the tile functions it has a use for."""
+    direction = "backward" if backward else "forward"
+    kind = "float64" if problem.dtype == torch.float64 else "float32"
+    driver = driver_source(direction, problem.dtype, problem.key_dtype, problem.value_dtype)
+    dense = dict.fromkeys(DENSE, kind)
+    return addresses_of({direction: driver, **dense, **tile_sources(problem, backward=backward)})
 
 
 @lru_cache(maxsize=256)
-def _driver(direction: str, dtype: torch.dtype, key_dtype: torch.dtype, value_dtype: torch.dtype) -> int:
+def driver_source(direction: str, dtype: torch.dtype, key_dtype: torch.dtype, value_dtype: torch.dtype) -> str:
+    """The filled source of a driver, which depends on the dtypes alone."""
     real = "float64" if dtype == torch.float64 else "float32"
     letters = {"q": _NAMES[dtype], "k": _NAMES[key_dtype], "v": _NAMES[value_dtype]}
     machine = "from flexref.backends.numba_cpu.kernels.machine import"
@@ -37,12 +42,7 @@ def _driver(direction: str, dtype: torch.dtype, key_dtype: torch.dtype, value_dt
         f"K_BYTES, V_BYTES = {key_dtype.itemsize}, {value_dtype.itemsize}",
         f"K_IN_PLACE, V_IN_PLACE = {letters['k'] == real}, {letters['v'] == real}",
     ]
-    return address_of(direction, fill(_source(direction), {"types": lines}))
-
-
-def tiles(problem: Problem, scalars: tuple[int | float, ...], backward: bool) -> dict[str, int]:
-    """The addresses of the problem's tile functions: mask_tile, score_tile or grad_tile; 0 for one that it has no use for."""
-    return {name: address_of(name, source) for name, source in tile_sources(problem, scalars, backward).items()}
+    return fill(_source(direction), {"types": lines})
 
 
 def tile_sources(problem: Problem, scalars: tuple[int | float, ...] = (), backward: bool = False) -> dict[str, str]:

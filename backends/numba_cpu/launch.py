@@ -118,8 +118,6 @@ class _Call:
         self.params = plan.table.copy()
         self.params.view(np.float64)[P.scale] = tensors.scale
         self.driver = plan.driver
-        for name, address in _tile_addresses(problem, tensors.scalars, backward).items():
-            self.params[getattr(P, name)] = address
         for name, x in (("q", tensors.query), ("k", tensors.key), ("v", tensors.value)):
             self.place(name, x)
         self._place_lists()
@@ -191,7 +189,8 @@ class _Plan:
     def __init__(self, problem: Problem, backward: bool):
         p = problem
         options = dict(p.options)
-        self.driver = callable_at(kernels_for.driver("backward" if backward else "forward", p))
+        addresses = kernels_for.addresses(p, backward)
+        self.driver = callable_at(addresses.pop("backward" if backward else "forward"))
         size = p.acc_dtype.itemsize
         lanes = _vector_bytes() // size
         self.padded_width, self.padded_value_width = -(-p.head_dim // lanes) * lanes, -(-p.value_dim // lanes) * lanes
@@ -208,6 +207,8 @@ class _Plan:
         }  # fmt: skip
         for name, number in numbers.items():
             table[getattr(P, name)] = number
+        for name, address in addresses.items():
+            table[getattr(P, name)] = address
         wide = max(self.padded_width, self.padded_value_width)
         sizes = dict.fromkeys(SCRATCH, 0) | {
             "tile": T_SIZE * 8,
@@ -230,11 +231,6 @@ class _Plan:
 @lru_cache(maxsize=4096)
 def _plan(problem: Problem, backward: bool) -> _Plan:
     return _Plan(problem, backward)
-
-
-@lru_cache(maxsize=4096)
-def _tile_addresses(problem: Problem, scalars: tuple[int | float, ...], backward: bool) -> dict[str, int]:
-    return kernels_for.tiles(problem, scalars, backward)
 
 
 @cache

@@ -27,10 +27,6 @@ def _bitwise(logical: str, bitwise: str) -> Row:
     return row
 
 
-def _logical(name: str) -> Row:
-    return lambda g, *args, **_: g.op(name, *args)
-
-
 def _identity(g: Builder, x, *_, **__) -> Ref:
     return x if isinstance(x, Ref) else Ref(g.const(x))
 
@@ -192,10 +188,10 @@ LOWERING: dict[str, Row] = {
     "pow": _pow,
     "reciprocal": _reciprocal,
     "floor_divide": lambda g, a, b, **_: g.op("floor_div", a, b),
-    "logical_and": _logical("and"),
-    "logical_or": _logical("or"),
-    "logical_xor": _logical("xor"),
-    "logical_not": _logical("not"),
+    "logical_and": _same("and"),
+    "logical_or": _same("or"),
+    "logical_xor": _same("xor"),
+    "logical_not": _same("not"),
     "bitwise_and": _bitwise("and", "bit_and"),
     "bitwise_or": _bitwise("or", "bit_or"),
     "bitwise_xor": _bitwise("xor", "bit_xor"),

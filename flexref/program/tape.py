@@ -92,7 +92,7 @@ class Value(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         name = operator_name(func)
         in_place = name.endswith("_") and name[:-1] in LOWERING
