@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from flexref.__main__ import main
 from flexref.backend import find_backends
@@ -87,8 +88,11 @@ def test_show_knows_a_mask_by_its_four_arguments(capsys, mods):
 
 def test_show_calls_a_factory(capsys, mods):
     assert main(["show", f"{mods}:window(size=8)"]) == 0
-    assert "mask_mod near" in capsys.readouterr().out
-    assert main(["show", "flexref.variants.masks:causal"]) == 0
+    said = capsys.readouterr().out
+    assert "mask_mod near" in said and "scalar 0: 8" in said
+    assert main(["show", "flexref.variants.score_mods:soft_cap(20.0)"]) == 0
+    said = capsys.readouterr().out
+    assert "torch.tanh" in said and "score = t" in said
 
 
 @pytest.mark.parametrize(
@@ -111,5 +115,5 @@ def test_show_says_what_is_wrong(capsys, mods, what, message):
 
 def test_a_program_is_shown_in_a_language_that_lacks_an_operation(mods):
     emitter = type("Poor", (show.Emitter,), {"lacks": {"le": "this language has no comparisons"}})()
-    graph = show.trace(show.load(f"{mods}:causal"), "mask").graph
+    graph = show.traced_mod(show.load(f"{mods}:causal"), "mask", torch.float32).graph
     assert show.source(emitter, graph) == "lacks le: this language has no comparisons"

@@ -154,8 +154,7 @@ REFUSED = {
     "too_many": (lambda s, b, h, q, k: s + per_head[h, q], "score", "2 indices", "1 dimensions"),
     "small_int": (lambda s, b, h, q, k: s + q.to(torch.int8), "score", "torch.int8", "int64"),
     "unknown_operator": (lambda s, b, h, q, k: torch.special.bessel_j0(s), "score", "bessel_j0", "pointwise"),
-    "name_error": (lambda s, b, h, q, k: s + undefined,  # type: ignore
-        "score", "NameError", "undefined"),  # noqa: F821
+    "name_error": (lambda s, b, h, q, k: s + undefined, "score", "NameError", "undefined"),  # noqa: F821  # type: ignore
     "no_function": (3, "score", "must be a function", "int"),
 }
 

@@ -13,7 +13,6 @@ import tempfile
 import threading
 import types
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -35,11 +34,9 @@ def addresses_of(sources: dict[str, str]) -> dict[str, int]:
     keys = {name: _key(name, source) for name, source in sources.items()}
     if any(key not in _loaded for key in keys.values()):
         with _lock:
-            missing = [name for name in sources if keys[name] not in _loaded]
-            # while Numba reads one kernel, LLVM can translate another
-            with ThreadPoolExecutor(2) as pool:
-                found = pool.map(lambda name: _load_or_compile(f"{name}_{keys[name]}", name, sources[name]), missing)
-                _loaded.update(zip([keys[name] for name in missing], found, strict=True))
+            for name, key in keys.items():
+                if key not in _loaded:
+                    _loaded[key] = _load_or_compile(f"{name}_{key}", name, sources[name])
     return {name: _loaded[key] for name, key in keys.items()}
 
 

@@ -27,9 +27,10 @@ def compile_dense(name: str, kind: str, path: str) -> tuple[str, bytes, str]:
 
 def _object(module, vectorize: bool) -> bytes:
     machine = target_machine()
-    options = llvm.create_pipeline_tuning_options(speed_level=3 if vectorize else 1)
+    # unrolling doubles the time of compiling and gains nothing: the lanes of a tile are few and the products are made
+    options = llvm.create_pipeline_tuning_options(speed_level=2 if vectorize else 1)
     options.loop_vectorization = vectorize
-    options.loop_unrolling = vectorize
+    options.loop_unrolling = options.loop_interleaving = False
     passes = llvm.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
     return machine.emit_object(module)
@@ -37,26 +38,9 @@ def _object(module, vectorize: bool) -> bytes:
 
 def _lower(name: str, source: str, path: str) -> tuple[str, str]:
     """The symbol of the function, and its LLVM module as text, not optimised yet."""
-    from numba.core import compiler, config, registry, types
-    from numba.core.compiler_lock import global_compiler_lock
+    from flexref.backends.numba_cpu.kernels.helper import lower
 
     namespace: dict = {"__name__": f"flexref.generated.{name}", "__file__": path}
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-    with global_compiler_lock:
-        exec(compile(source, path, "exec"), namespace)
-        flags = compiler.Flags()
-        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-        # division by zero gives inf, and no check is made that could raise: kernels have nobody to raise to
-        options = {"fastmath": {"contract"}, "error_model": "numpy", "boundscheck": False, "no_rewrites": True}
-        registry.cpu_target.options.parse_as_flags(flags, options)
-        # made before the level changes: they are everybody's, and remember it
-        contexts = registry.cpu_target.typing_context, registry.cpu_target.target_context
-        arguments, level = (types.int64, types.int64), config.OPT
-        # optimising once, at the end, takes half the time of optimising every helper and then their sum
-        config.OPT = type(level)(0)
-        try:
-            result = compiler.compile_extra(*contexts, namespace[name], arguments, types.void, flags, {})
-            result.library.finalize()
-        finally:
-            config.OPT = level
-        return result.fndesc.llvm_func_name, result.library.get_llvm_str()
+    exec(compile(source, path, "exec"), namespace)
+    return lower(namespace[name])

@@ -35,7 +35,7 @@ class NumbaEmitter(Emitter):
         "floor_div": {"int": "maths.floor_div({0}, {1})", "float": "maths.floor({0} / {1})"},
         "trunc_div": {"int": "maths.trunc_div({0}, {1})", "float": "maths.trunc({0} / {1})"},
         "remainder": {"int": "maths.remainder({0}, {1})", "float": "maths.float_remainder({0}, {1})"},
-        "fmod": {"int": "maths.int_fmod({0}, {1})", "float": "math.fmod({0}, {1})"},
+        "fmod": {"int": "maths.int_fmod({0}, {1})", "float": "maths.fmod({0}, {1})"},
         "div": "{0} / {1}",
         "pow": "{0} ** {1}",
         "atan2": "math.atan2({0}, {1})",

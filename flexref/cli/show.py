@@ -15,11 +15,11 @@ import torch
 
 import flexref
 from flexref.backend import find_backends
-from flexref.problem import Capture
+from flexref.problem import ACC_DTYPE, Capture
 from flexref.program.derive import derive
 from flexref.program.emitter import Emitter
 from flexref.program.ir import INPUT_TYPES, Graph
-from flexref.program.trace import Traced, trace
+from flexref.program.mods import Mod, traced_mod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         mod = load(options.mod)
         kind = kind_of(mod)
-        traced = trace(mod, kind)
+        traced = traced_mod(mod, kind, ACC_DTYPE[getattr(torch, options.dtype)])
     except (flexref.FlexrefError, ValueError) as error:
         print(f"show: {error}", file=sys.stderr)
         return 1
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def sections(mod: Callable, kind: str, traced: Traced, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def sections(mod: Callable, kind: str, traced: Mod, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Title and text of each stage."""
     yield f"{kind}_mod {getattr(mod, '__name__', mod)}", _source(mod)
     yield "program", _with_captures(traced)
@@ -155,13 +155,14 @@ def source(emitter: Emitter, graph: Graph) -> str:
 
 
 def _source(mod: Callable) -> str:
+    written = mod if inspect.isroutine(mod) else type(mod).__call__
     try:
-        return inspect.getsource(mod).rstrip()
+        return inspect.getsource(written).rstrip()
     except (OSError, TypeError):
         return "(its source is not to be had)"
 
 
-def _with_captures(traced: Traced) -> str:
+def _with_captures(traced: Mod) -> str:
     lines = [str(traced.graph)]
     for i, (name, x) in enumerate(zip(traced.names, traced.captured, strict=True)):
         lines.append(f"buffer {i}: {name} {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}")

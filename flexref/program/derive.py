@@ -25,7 +25,8 @@ def derive(graph: Graph, wanted_loads: tuple[int, ...] = ()) -> Graph:
     `wanted_loads` are positions of float loads in `graph`. Outputs: "score", and "load<position>" for each wanted
     load, the position being that of the same load in the graph returned, where its indices stand too.
     """
-    acc = torch.float32
+    # constants must keep all their bits; the program's float is whatever the kernel's is
+    acc = torch.float64
     builder = Builder()
     places = builder.copy(graph)
     inputs = {name: Value(builder, Ref(builder.input(name)), dtype_of(INPUT_TYPES[name], acc)) for name in _INPUTS}

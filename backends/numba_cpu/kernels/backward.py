@@ -14,14 +14,14 @@ import math
 
 from numba import float32, float64, int32, int64, uint8
 
+from flexref.backends.numba_cpu.kernels.helper import helper
 from flexref.backends.numba_cpu.kernels.layout import P, T
-from flexref.backends.numba_cpu.kernels.machine import call_tile, gemm, lanes_of, next_task, pointer, transpose
+from flexref.backends.numba_cpu.kernels.machine import call_tile, gemm, lanes_of, next_task, pointer, smaller, transpose
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_k
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_q
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_v
 from flexref.backends.numba_cpu.kernels.machine import write_float32 as write_o
 from flexref.backends.numba_cpu.kernels.maths import exp2_small_float32 as exp2
-from flexref.backends.numba_cpu.kernels.maths import helper
 
 real, BYTES, Q_BYTES, K_BYTES, V_BYTES, K_IN_PLACE, V_IN_PLACE = float32, 4, 4, 4, 4, True, True
 # hole: types
@@ -170,7 +170,7 @@ def backward(params, worker):
     k_row, k_col, v_row, v_col = sizes[P.k_row], sizes[P.k_col], sizes[P.v_row], sizes[P.v_col]
     kv_heads = sizes[P.q_heads] // sizes[P.group]
     tiles_a_row = (sizes[P.q_block] + ld - 1) // ld
-    batches = sizes[P.batch] // max(sizes[P.kv_batch], 1)
+    batches = sizes[P.batch] // sizes[P.kv_batch]
     tile[T.error] = 0
     tile[T.ld] = ld
     tile[T.scores] = scores_at
@@ -199,7 +199,7 @@ def backward(params, worker):
             t = sizes[P.tiles] - 1 - turn % sizes[P.tiles]
             row = t // tiles_a_row
             q0 = row * sizes[P.q_block] + t % tiles_a_row * ld
-            n = min(ld, min((row + 1) * sizes[P.q_block], sizes[P.q_len]) - q0)
+            n = smaller(ld, smaller((row + 1) * sizes[P.q_block], sizes[P.q_len]) - q0)
             if n <= 0:
                 continue
             lanes = (n + LANES - 1) // LANES * LANES
@@ -230,9 +230,9 @@ def backward(params, worker):
                     first, last = offsets[list_row], offsets[list_row + 1]
                 for at in range(first, last):
                     block = int64(indices[at]) if sizes[P.offsets] != 0 else int64(0)
-                    block_end = min((block + 1) * sizes[P.kv_block], sizes[P.kv_len])
+                    block_end = smaller((block + 1) * sizes[P.kv_block], sizes[P.kv_len])
                     for kv0 in range(block * sizes[P.kv_block], block_end, kv_tile):
-                        lo, hi, masked = int64(0), min(kv_tile, block_end - kv0), False
+                        lo, hi, masked = int64(0), smaller(kv_tile, block_end - kv0), False
                         tile[T.kv0] = kv0
                         tile[T.lo] = lo
                         tile[T.hi] = hi

@@ -9,14 +9,14 @@ import math
 
 from numba import float32, float64, int32, int64, uint8
 
+from flexref.backends.numba_cpu.kernels.helper import helper
 from flexref.backends.numba_cpu.kernels.layout import P, T
-from flexref.backends.numba_cpu.kernels.machine import call_tile, gemm, lanes_of, next_task, pointer, transpose
+from flexref.backends.numba_cpu.kernels.machine import call_tile, gemm, lanes_of, next_task, pointer, smaller, transpose
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_k
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_q
 from flexref.backends.numba_cpu.kernels.machine import read_float32 as read_v
 from flexref.backends.numba_cpu.kernels.machine import write_float32 as write_o
 from flexref.backends.numba_cpu.kernels.maths import exp2_small_float32 as exp2
-from flexref.backends.numba_cpu.kernels.maths import helper
 
 real, BYTES, Q_BYTES, K_BYTES, V_BYTES, K_IN_PLACE, V_IN_PLACE = float32, 4, 4, 4, 4, True, True
 # hole: types
@@ -172,7 +172,7 @@ def forward(params, worker):
         b, h = head // sizes[P.q_heads], head % sizes[P.q_heads]
         row = t // tiles_a_row
         q0 = row * sizes[P.q_block] + t % tiles_a_row * ld
-        n = min(ld, min((row + 1) * sizes[P.q_block], sizes[P.q_len]) - q0)
+        n = smaller(ld, smaller((row + 1) * sizes[P.q_block], sizes[P.q_len]) - q0)
         if n <= 0:
             continue
         lanes = (n + LANES - 1) // LANES * LANES
@@ -198,9 +198,9 @@ def forward(params, worker):
                 first, last = offsets[list_row], offsets[list_row + 1]
             for at in range(first, last):
                 block = int64(indices[at]) if sizes[P.offsets] != 0 else int64(0)
-                block_end = min((block + 1) * sizes[P.kv_block], sizes[P.kv_len])
+                block_end = smaller((block + 1) * sizes[P.kv_block], sizes[P.kv_len])
                 for kv0 in range(block * sizes[P.kv_block], block_end, kv_tile):
-                    lo, hi, masked = int64(0), min(kv_tile, block_end - kv0), int64(0)
+                    lo, hi, masked = int64(0), smaller(kv_tile, block_end - kv0), int64(0)
                     tile[T.kv0] = kv0
                     tile[T.lo] = lo
                     tile[T.hi] = hi

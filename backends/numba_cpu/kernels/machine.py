@@ -120,6 +120,16 @@ def select(typingctx, condition, yes, no):
     return result(condition, yes, no), codegen
 
 
+@intrinsic
+def smaller(typingctx, a, b):
+    """The smaller of two int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.icmp_signed("<", *args), *args)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
 def _reader(kind, result, convert):
     def read(typingctx, address, index):
         def codegen(context, builder, signature, args):

@@ -11,7 +11,7 @@ from numba import float32, float64, int8, int16, int32, int64, uint8
 
 from flexref.backends.numba_cpu.kernels import maths
 from flexref.backends.numba_cpu.kernels.layout import P, T
-from flexref.backends.numba_cpu.kernels.machine import pointer, read_bfloat16, read_float16, select
+from flexref.backends.numba_cpu.kernels.machine import pointer, read_bfloat16, read_float16, select, smaller
 
 real, INDEX = float32, int32
 # hole: types
@@ -40,7 +40,7 @@ def mask_tile(params, tile_at):
             live[j * ld + i] = allowed
             count += int32(allowed)
         total += count
-        first = min(first, j) if count != 0 else first
+        first = smaller(first, j) if count != 0 else first
         last = j + 1 if count != 0 else last
     tile[T.lo] = first
     tile[T.hi] = last

@@ -9,12 +9,11 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, float64, int32, int64, njit, types
+from numba import float32, float64, int32, int64, types
 from numba.extending import intrinsic
 
+from flexref.backends.numba_cpu.kernels.helper import helper
 from flexref.backends.numba_cpu.kernels.machine import bits, from_bits
-
-helper = njit(nogil=True, error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def _polynomial(*coefficients: float):
@@ -125,6 +124,16 @@ def _power(typingctx, n):
     return n(n), codegen
 
 
+@intrinsic
+def fmod(typingctx, x, y):
+    """The rest of a division that rounds to zero."""
+
+    def codegen(context, builder, signature, args):
+        return builder.frem(*args)
+
+    return x(x, y), codegen
+
+
 @helper
 def _bounded(x, low, high):
     """x kept within bounds; nan stays nan."""
@@ -199,7 +208,7 @@ def sign(x):
 @helper
 def float_remainder(x, y):
     """PyTorch's remainder: it has the sign of the divisor."""
-    rest = math.fmod(x, y)
+    rest = fmod(x, y)
     return rest + y if rest != _zero(rest) and (rest < _zero(rest)) != (y < _zero(y)) else rest
 
 
