@@ -27,6 +27,7 @@ MODS = {
     "softplus": lambda s, b, h, q, k: torch.nn.functional.softplus(s) + torch.nn.functional.gelu(s),
     "elementary": lambda s, b, h, q, k: torch.exp(s) * torch.sin(s) + torch.log1p(s * s) + torch.sqrt(s * s + 1) + s**3,
     "inverse": lambda s, b, h, q, k: torch.atan(s) + torch.asinh(s) + torch.erf(s) + 1 / (2 + s * s) + torch.expm1(s),
+    "one_minus": lambda s, b, h, q, k: torch.atanh(torch.tanh(s) * 0.9) + torch.asin(torch.tanh(s) * 0.5) + 1 / (1 + s * s),
     "constant": lambda s, b, h, q, k: 3.0,
     "steps": lambda s, b, h, q, k: torch.floor(s) + torch.round(s) + s.abs() + torch.fmod(s, 2.0),
 }

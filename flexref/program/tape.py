@@ -103,7 +103,8 @@ class Value(Tensor):
             return _decompositions()[func](*args, **kwargs)
         value = apply(name, func, args, kwargs)
         if in_place:
-            # only autograd's own formulas come here; a mod that changes a tensor was refused by trace.py
+            # only autograd's own formulas come here, also to write a Value into a constant, as in `1 - x`;
+            # a mod that changes a tensor was refused by trace.py
             args[0].ref = value.ref
             return args[0]
         return value
@@ -137,12 +138,14 @@ def _result_dtype(name: str, result) -> torch.dtype:
 
 def _example(x):
     """A real number in place of a Value: PyTorch then says what dtype the operator gives."""
-    return torch.ones((), dtype=x.dtype) if isinstance(x, Value) else x
+    if isinstance(x, Value):
+        return torch.ones((), dtype=x.dtype)
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _row_argument(x):
     """What a row of LOWERING is given for an operator's argument: a Ref for a tensor, other things as they are."""
-    if isinstance(x, Value):
+    if isinstance(x, Value) or hasattr(x, "ref"):
         return x.ref
     if isinstance(x, Tensor):
         if x.dim() > 0:
