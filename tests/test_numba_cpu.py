@@ -121,7 +121,8 @@ def test_the_exponential_of_softmax(dtype):
 # operations that a mod can reach, each on values that its function is defined on
 OPERATIONS = {
     "numbers": lambda s, b, h, q, k: s * 2 - s / (k + 1) + abs(s) + torch.sign(s) + (q - k) // 3 + (q - k) % 5 - (-q) % 3,
-    "floats": lambda s, b, h, q, k: torch.div(s, 0.9, rounding_mode="floor") + s % 0.7 + torch.fmod(s, 0.4) + torch.div(s, 0.3, rounding_mode="trunc"),
+    "floats": lambda s, b, h, q, k: torch.div(s, 0.9, rounding_mode="floor") + s % 0.7 + torch.fmod(s, 0.4)
+    + torch.div(s, 0.3, rounding_mode="trunc"),
     "ints": lambda s, b, h, q, k: s + torch.fmod(q - 5, 3) + torch.div(k - 7, 2, rounding_mode="trunc") + torch.sign(q - k),
     "bits": lambda s, b, h, q, k: s + (q & k) + (q | 3) - (q ^ k) + (~q) + (q << 1) - (k >> 1),
     "bools": lambda s, b, h, q, k: s * (((q > 3) & (k <= 9)) ^ ((q == k) | (q != 2))) + (~(q >= k)) + (s < 0),

@@ -6,6 +6,7 @@ it with LLVM's linker and never imports Numba.
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import os
 import stat
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import types
 import warnings
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -34,10 +36,23 @@ def addresses_of(sources: dict[str, str]) -> dict[str, int]:
     keys = {name: _key(name, source) for name, source in sources.items()}
     if any(key not in _loaded for key in keys.values()):
         with _lock:
-            for name, key in keys.items():
-                if key not in _loaded:
-                    _loaded[key] = _load_or_compile(f"{name}_{key}", name, sources[name])
+            with _no_garbage_collection():
+                for name, key in keys.items():
+                    if key not in _loaded:
+                        _loaded[key] = _load_or_compile(f"{name}_{key}", name, sources[name])
     return {name: _loaded[key] for name, key in keys.items()}
+
+
+@contextmanager
+def _no_garbage_collection():
+    """A compilation makes so many objects that Python goes through all of PyTorch's again and again: 0.4 s of 1.9."""
+    active = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if active:
+            gc.enable()
 
 
 def _key(name: str, source: str) -> str:

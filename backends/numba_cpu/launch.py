@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexref.backends.numba_cpu import kernels_for
 from flexref.backends.numba_cpu.cache import callable_at
-from flexref.backends.numba_cpu.kernels.layout import P, P_SIZE, SCRATCH, T_SIZE
+from flexref.backends.numba_cpu.kernels.layout import P_SIZE, SCRATCH, T_SIZE, P
 from flexref.index_error import named_index_error
 from flexref.problem import Gradients, Output, Problem, Tensors
 
@@ -48,9 +48,11 @@ def backward(
     """A gradient, in its tensor's dtype and stride order, for each input that needs one."""
     inputs = (tensors.query, tensors.key, tensors.value)
     if 0 in (problem.batch, problem.q_len, problem.kv_len):
-        zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs, problem.needs_grad, strict=True)]
+        pairs = zip(inputs, problem.needs_grad, strict=True)
+        d_query, d_key, d_value = (torch.zeros_like(x) if need else None for x, need in pairs)
         pairs = zip(tensors.captured, problem.captures, strict=True)
-        return Gradients(*zeros, tuple(torch.zeros_like(t) if c.needs_grad else None for t, c in pairs))
+        zeros = tuple(torch.zeros_like(t) if c.needs_grad else None for t, c in pairs)
+        return Gradients(d_query, d_key, d_value, zeros)
     call = _Call(problem, tensors, backward=True)
     need_query, need_key, need_value = problem.needs_grad
     d_query = ordered_empty(tensors.query, tensors.query.shape) if need_query else None

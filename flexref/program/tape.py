@@ -89,10 +89,10 @@ class Value(Tensor):
     def __repr__(self):
         return f"<a traced {type_of(self.dtype)}>"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = operator_name(func)
         in_place = name.endswith("_") and name[:-1] in LOWERING

@@ -180,7 +180,8 @@ def forward(params, worker):
         tile[T.h] = h
         tile[T.q0] = q0
         tile[T.n] = n
-        pack_query(params, sizes[P.q] + Q_BYTES * (b * sizes[P.q_b] + h * sizes[P.q_h] + q0 * sizes[P.q_row]), n, lanes, q_at, q_t_at)
+        q_source = sizes[P.q] + Q_BYTES * (b * sizes[P.q_b] + h * sizes[P.q_h] + q0 * sizes[P.q_row])
+        pack_query(params, q_source, n, lanes, q_at, q_t_at)
         for i in range(lanes):
             row_max[i] = -INF
             row_sum[i] = real(0)
