@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from flexref.program.mods import Mod, shifted, traced_mod
 from flexref.recent import Recent
 
 _masks = Recent(32)
+_taken_over: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def prepare(
@@ -150,9 +152,19 @@ def _own_mask(block_mask) -> BlockMask | None:
     if block_mask is None or isinstance(block_mask, BlockMask):
         return block_mask
     if type(block_mask).__name__ == "BlockMask" and type(block_mask).__module__.startswith("torch."):
-        return BlockMask.from_torch(block_mask)
+        return _taken(block_mask)
     hint = "pass a function as mask_mod=" if callable(block_mask) else "make one with flexref.create_block_mask"
     raise TypeError(f"block_mask must be a BlockMask or None, got {type(block_mask).__name__}; {hint}.")
+
+
+def _taken(theirs) -> BlockMask:
+    """torch's BlockMask as ours, once for as long as its parts stay the same."""
+    tensors = [x for x in vars(theirs).values() if isinstance(x, Tensor)]
+    state = theirs.mask_mod, theirs.seq_lengths, theirs.BLOCK_SIZE, [(id(x), x._version) for x in tensors]
+    known = _taken_over.get(theirs)
+    if known is None or known[0] != state:
+        known = _taken_over[theirs] = (state, BlockMask.from_torch(theirs))
+    return known[1]
 
 
 def _check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:

@@ -65,6 +65,15 @@ def test_changing_the_import_is_enough(torch_eager, kv_heads):
         torch.testing.assert_close(our_aux.lse, their_aux.lse)
 
 
+def test_a_changed_block_mask_of_torchs_is_seen():
+    query, key, value = qkv(length=40, kv_len=40)
+    mask = torch_flex.create_block_mask(causal, None, None, 40, 40, device="cpu")
+    first = flex_attention(query, key, value, block_mask=mask)
+    assert torch.equal(first, flex_attention(query, key, value, block_mask=mask))
+    mask.mask_mod = lambda b, h, q_idx, kv_idx: q_idx > kv_idx
+    assert not torch.equal(first, flex_attention(query, key, value, block_mask=mask))
+
+
 def test_max_scores_is_the_largest_score_of_each_row():
     query, key, value = qkv(dtype=torch.float64)
     _, aux = flex_attention(query, key, value, soft_cap, return_aux=AuxRequest(max_scores=True))

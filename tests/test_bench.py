@@ -25,7 +25,7 @@ def test_calls_are_interleaved_and_first_in_turn():
     assert {name: len(taken) for name, taken in samples.items()} == {"ours": 4, "theirs": 4}
 
 
-def test_a_ratio_is_of_medians_with_the_spread_of_rounds():
+def test_a_ratio_is_the_median_of_the_rounds_with_their_spread():
     found = ratio([1.0, 2.0, 1.0], [3.0, 4.0, 3.0])
     assert found.median == 3.0 and found.low == 2.5 and found.high == 3.0
     assert Timing.of([2.0]) == (2.0, 2.0, 2.0)
