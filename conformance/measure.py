@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexref.conformance.call import Call, Positions
 from flexref.conformance.rounding import Rounding, finite
-from flexref.reference import _NestedReads as NestedReads
+from flexref.reference import NestedReads
 
 Index = tuple[Tensor, Tensor, Tensor, Tensor]
 

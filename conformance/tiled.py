@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from flexref.problem import Gradients, Output, Problem, Tensors
-from flexref.reference import _NestedReads as NestedReads
+from flexref.reference import NestedReads
 
 TILE = 16
 

@@ -156,11 +156,11 @@ def _allowed(mask_mod: Callable | None, listed: Tensor, full: Tensor) -> Tensor:
 def _ask(mod: Callable, where: Tensor, *score: Tensor) -> object:
     """A mod's answer for all positions where `where` is true, in the order of `where.nonzero()`."""
     at = where.nonzero(as_tuple=True)
-    with _NestedReads(torch.arange(at[0].numel(), device=where.device)):
+    with NestedReads(torch.arange(at[0].numel(), device=where.device)):
         return mod(*score, *at)
 
 
-class _NestedReads(TorchFunctionMode):
+class NestedReads(TorchFunctionMode):
     """Lets a mod read table[i][j] of many positions: [j] is taken in the row that each position has read."""
 
     def __init__(self, each: Tensor):

@@ -89,7 +89,9 @@ class NumbaEmitter(Emitter):
         "bool_to_int": "int64({0})",
     }
 
-    def __init__(self, captures: tuple[Capture, ...], small: frozenset[int], safe: frozenset[tuple[int, int]]):
+    def __init__(
+        self, captures: tuple[Capture, ...], small: frozenset[int] = frozenset(), safe: frozenset[tuple[int, int]] = frozenset()
+    ):
         self.captures, self.small, self.safe = captures, small, safe
 
     def literal(self, value: bool | int | float, type: str) -> str:
