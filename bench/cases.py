@@ -67,7 +67,7 @@ def variants(heads: int, length: int) -> dict[str, Variant]:
         Variant("causal", mask_mod=masks.causal, allowed=before),
         Variant("window 256", mask_mod=masks.sliding_window(WINDOW), allowed=near),
         Variant("ALiBi + causal", score_mods.alibi(heads), masks.causal, alibi(heads), before),
-        Variant("soft-cap + causal", score_mods.soft_cap(CAP), masks.causal, capped, before),
+        Variant("soft-cap", score_mods.soft_cap(CAP), score=capped),
         Variant(
             "document + causal",
             mask_mod=masks.and_masks(document, masks.causal),

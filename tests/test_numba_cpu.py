@@ -274,3 +274,23 @@ def test_half_types_are_rounded_to_nearest_even():
 def test_ordered_empty_follows_the_order_of_its_example():
     like = torch.empty(2, 3, 5, 7).transpose(1, 2)
     assert launch.ordered_empty(like, (2, 5, 3, 9)).stride() == (135, 9, 45, 1)
+
+
+QUIET = """
+import gc, threading, torch
+from numba.core import config
+from flexref import flex_attention
+q = torch.linspace(-1, 1, 2 * 40 * 16).reshape(1, 2, 40, 16)
+sums = []
+def work():
+    sums.append(flex_attention(q, q, q, lambda s, b, h, i, j: s * 0.37).double().sum().item())
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads], [t.join() for t in threads]
+print(len(sums), len(set(sums)), gc.isenabled(), int(config.OPT))
+"""
+
+
+def test_threads_that_compile_at_once_agree_and_leave_numba_and_the_collector_as_they_were(tmp_path):
+    environment = {**os.environ, "FLEXREF_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", QUIET], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["4", "1", "True", "3"]
