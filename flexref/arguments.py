@@ -105,11 +105,20 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name} is on {x.device} but query is on {query.device}; move it with .to({str(query.device)!r})."
             )
+        check_storage(name, x)
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype and x.dtype.itemsize >= query.dtype.itemsize:
             raise TypeError(
                 f"{name} is {x.dtype} but query is {query.dtype}; {name} must have query's dtype or a lower precision."
             )
+
+
+def check_storage(name: str, x: Tensor) -> None:
+    """Raise ValueError if the memory of `x` was given back, as offloading does."""
+    if x.numel() and x.device.type != "meta":
+        last = x.storage_offset() + sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
+        if (last + 1) * x.itemsize > x.untyped_storage().nbytes():
+            raise ValueError(f"{name} has no memory for its shape {tuple(x.shape)}: its storage was freed or made smaller.")
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -142,9 +151,13 @@ def _checked_scale(scale: float | None, head_dim: int) -> float:
         raise TypeError(
             f"scale must be a number or None, got {type(scale).__name__}; for a tensor pass scale=float(x)."
         )
-    if not math.isfinite(scale):
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
         raise ValueError(f"scale must be finite, got {scale}.")
-    return float(scale)
+    return value
 
 
 def _own_mask(block_mask) -> BlockMask | None:
@@ -212,7 +225,9 @@ def _merged(score: Mod | None, mask: Mod | None, device: torch.device):
         if mod is None:
             continue
         for name, tensor in zip(mod.names, mod.captured, strict=True):
-            if tensor.device != device and tensor.dim() > 0:
+            check_storage(name, tensor)
+            # as in PyTorch, a number on the CPU may meet tensors elsewhere
+            if tensor.device != device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
                 raise ValueError(
                     f"the captured tensor {name} is on {tensor.device} but query is on {device}; move it with .to()."
                 )

@@ -40,7 +40,8 @@ class _Attend(torch.autograd.Function):
         ctx.backend, ctx.problem = backend, problem
         # query, key and value come back from the saved tensors, where checkpointing can replace them
         ctx.rest = replace(tensors, query=None, key=None, value=None)
-        ctx.save_for_backward(*inputs[:3], output.out, output.lse, *inputs[3:])
+        ctx.save_for_backward(*inputs[:3], output.out, output.lse, *output.saved, *inputs[3:])
+        ctx.saved_count = len(output.saved)
         ctx.set_materialize_grads(False)
         if output.max_scores is not None:
             ctx.mark_non_differentiable(output.max_scores)
@@ -49,11 +50,12 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse, _):  # type: ignore[override]
-        query, key, value, out, lse, *_ = ctx.saved_tensors
+        query, key, value, out, lse, *others = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * (6 + len(ctx.rest.captured))
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         tensors = replace(ctx.rest, query=query, key=key, value=value)
-        gradients = ctx.backend.backward(ctx.problem, tensors, Output(out, lse), grad_out, grad_lse)
+        output = Output(out, lse, None, tuple(others[: ctx.saved_count]))
+        gradients = ctx.backend.backward(ctx.problem, tensors, output, grad_out, grad_lse)
         return (None, None, None, gradients.query, gradients.key, gradients.value, *gradients.captured)

@@ -103,11 +103,15 @@ class Tensors:
 
 @dataclass
 class Output:
-    """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type, natural log."""
+    """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type, natural log.
+
+    `saved`: what the backend's own backward wants back beside them.
+    """
 
     out: torch.Tensor
     lse: torch.Tensor
     max_scores: torch.Tensor | None = None
+    saved: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass

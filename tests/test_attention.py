@@ -218,6 +218,9 @@ def test_the_environment_names_a_backend(monkeypatch):
 q, k, v = qkv(1, 2, 8, 8, 4)
 mask8 = create_block_mask(causal, None, None, 8, 8, device="cpu", BLOCK_SIZE=4)
 two_numbers = torch.arange(2.0)
+freed = torch.randn(1, 2, 8, 4)
+freed.untyped_storage().resize_(0)
+elsewhere = torch.tensor(1.0, device="meta")
 
 WRONG = {
     "no_tensor": (lambda: flex_attention([1], k, v), TypeError, "query must be a torch.Tensor, got list"),
@@ -327,6 +330,18 @@ WRONG = {
         IndexError,
         "two_numbers.*[2-7].*test_attention.py",
     ),
+    "freed_query": (lambda: flex_attention(freed, k, v), ValueError, "query has no memory for its shape"),
+    "freed_capture": (
+        lambda: flex_attention(q, k, v, lambda s, b, h, qi, ki: s + freed[b, h, qi, 0]),
+        ValueError,
+        "freed has no memory",
+    ),
+    "capture_elsewhere": (
+        lambda: flex_attention(q, k, v, lambda s, b, h, qi, ki: s + elsewhere),
+        ValueError,
+        "elsewhere is on meta but query is on cpu",
+    ),
+    "scale_huge": (lambda: flex_attention(q, k, v, scale=10**400), ValueError, "scale must be finite"),
     "unknown_backend": (
         lambda: flex_attention(q, k, v, backend="tritn"),
         ValueError,

@@ -262,6 +262,37 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path):
         assert cache._checked_folder(str(tmp_path)) is None
 
 
+def test_weights_are_right_where_a_rows_scores_share_a_large_offset():
+    query, key, value = qkv(64, 64, grad=True)
+    valid = torch.arange(64) < 56
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return torch.where(valid[q_idx] & (kv_idx <= q_idx), score, -1e9)
+
+    weight = torch.randn(1, 2, 64, 24)
+    (got,) = torch.autograd.grad(flex_attention(query, key, value, mod), value, weight)
+    exact = einsum(query.double(), key.double(), value.double(), mod).out
+    (want,) = torch.autograd.grad(exact, value, weight.double())
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_views_whose_sign_is_a_note_are_read_with_it():
+    complex_ = torch.complex(torch.zeros(1, 2, 20, 8), torch.randn(1, 2, 20, 8))
+    x = complex_.conj().imag
+    row = complex_[0, 0, :, 0].conj().imag
+    assert x.is_neg() and row.is_neg()
+    mod = lambda score, b, h, q_idx, kv_idx: score + row[kv_idx]  # noqa: E731
+    plain = x.resolve_neg()
+    torch.testing.assert_close(flex_attention(x, x, x, mod), einsum(plain, plain, plain, mod).out)
+
+
+def test_a_captured_number_too_large_for_an_int():
+    query, key, value = qkv(20, 20)
+    lowest = torch.finfo(torch.float32).min
+    got = flex_attention(query, key, value, lambda s, b, h, q, k: torch.where(k <= q, s, lowest))
+    torch.testing.assert_close(got, flex_attention(query, key, value, mask_mod=lambda b, h, q, k: k <= q))
+
+
 def test_half_types_are_rounded_to_nearest_even():
     value = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 65519.0, 1e-40, -0.0]).reshape(1, 1, 1, 5)
     query = torch.zeros(1, 1, 1, 4)

@@ -226,6 +226,69 @@ def test_a_changed_attribute_is_seen():
     assert traced_mod(mod, "mask", torch.float32).scalars == (9,)
 
 
+class Slope:
+    size = 4
+
+    def __init__(self):
+        self._hidden = 5
+
+    @property
+    def hidden(self):
+        return self._hidden
+
+    def helper(self, distance):
+        return distance < self.size
+
+    def __call__(self, b, h, q_idx, kv_idx):
+        return self.helper(q_idx - kv_idx)
+
+
+class Inherits(Slope):
+    pass
+
+
+def reads_size(config):
+    return config.size
+
+
+CHANGES = {
+    "a helper method": (lambda x: x, "size"),
+    "a property": (lambda x: lambda b, h, q, k: q - k < x.hidden, "_hidden"),
+    "a helper function": (lambda x: lambda b, h, q, k: q - k < reads_size(x), "size"),
+    "getattr": (lambda x: lambda b, h, q, k: q - k < getattr(x, "si" + "ze"), "size"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_helper_reads_is_watched_too(name):
+    make, attribute = CHANGES[name]
+    config = Slope()
+    mod = make(config)
+    before = trace_scalars(mod)
+    setattr(config, attribute, 9)
+    assert before != [9] and trace_scalars(mod) == [9]
+
+
+def test_an_inherited_class_attribute_is_watched(monkeypatch):
+    mod = lambda b, h, q, k: q - k < Inherits.size  # noqa: E731
+    assert trace_scalars(mod) == [4]
+    monkeypatch.setattr(Slope, "size", 9)
+    assert trace_scalars(mod) == [9]
+
+
+def trace_scalars(mod) -> list:
+    """The numbers in the program, as scalars or constants."""
+    traced = traced_mod(mod, "mask", torch.float32)
+    return [*traced.scalars, *(n.attr for n in traced.graph.nodes if n.op == "const")]
+
+
+def test_int8_arithmetic_which_would_wrap_is_refused():
+    small = torch.tensor([100, 100], dtype=torch.int8)
+    with pytest.raises(TraceError, match="int8.*int64"):
+        trace(lambda s, b, h, q, k: s + (small[q] + small[k]), "score")
+    trace(lambda s, b, h, q, k: s + small[q].long() + small[k], "score")
+
+
 class Bias(torch.nn.Module):
     def __init__(self):
         super().__init__()

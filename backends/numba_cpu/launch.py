@@ -38,8 +38,12 @@ def forward(problem: Problem, tensors: Tensors) -> Output:
     call.place("o", out)
     call.params[P.lse] = lse.data_ptr()
     call.params[P.max_scores] = 0 if max_scores is None else max_scores.data_ptr()
+    saved = ()
+    if problem.needs_backward:
+        saved = torch.empty_like(lse), torch.empty_like(lse)
+        call.params[P.row_max], call.params[P.log_sum] = (x.data_ptr() for x in saved)
     call.run(problem.batch * problem.q_heads * call.tile_count)
-    return Output(out, lse, max_scores)
+    return Output(out, lse, max_scores, saved)
 
 
 def backward(
@@ -61,7 +65,7 @@ def backward(
     if d_query is not None:
         call.place("dq", d_query)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    call.params[P.lse] = output.lse.data_ptr()
+    call.params[P.row_max], call.params[P.log_sum] = (x.data_ptr() for x in output.saved)
     call.params[P.lse_grad] = 0 if grad_lse is None else grad_lse.data_ptr()
     heads = problem.kv_batch * problem.kv_heads
     splits = -(-call.threads // heads)
@@ -120,6 +124,7 @@ class _Call:
         self.params = plan.table.copy()
         self.params.view(np.float64)[P.scale] = tensors.scale
         self.driver = plan.driver
+        self.keep: list = []
         for name, x in (("q", tensors.query), ("k", tensors.key), ("v", tensors.value)):
             self.place(name, x)
         self._place_lists()
@@ -128,10 +133,18 @@ class _Call:
     def place(self, name: str, x: Tensor) -> None:
         """A tensor's address and its four strides; the stride of a batch that is shared is 0."""
         at = getattr(P, name)
+        x = self.kept(x)
         strides = x.stride()
         shared = x.shape[0] == 1
         self.params[at] = x.data_ptr()
         self.params[at + 1 : at + 5] = (0 if shared else strides[0], *strides[1:])
+
+    def kept(self, x: Tensor) -> Tensor:
+        """`x` as its memory says: PyTorch keeps the sign of some views, such as x.conj().imag, as a mere note."""
+        if not x.is_neg():
+            return x
+        self.keep.append(x.resolve_neg())
+        return self.keep[-1]
 
     def _place_lists(self) -> None:
         mask = self.tensors.block_mask
@@ -151,15 +164,16 @@ class _Call:
             return
         table: list[int] = []
         nothing = np.zeros(2, np.int64)
-        for x in self.tensors.captured:
+        for x in map(self.kept, self.tensors.captured):
             table.append(x.data_ptr() if x.numel() else nothing.ctypes.data)
             for stride, size in zip(x.stride(), x.shape, strict=True):
                 table += [stride, size]
         numbers = self.tensors.scalars
         self.captured = np.array(table or [0], np.int64)
         self.floats = np.array([float(x) for x in numbers] or [0.0])
-        self.ints = np.array([int(x) if math.isfinite(x) else 0 for x in numbers] or [0], np.int64)
-        self.keep = nothing
+        # a float that is no 64-bit int is never read as one
+        self.ints = np.array([int(x) if abs(x) < 2**63 else 0 for x in numbers] or [0], np.int64)
+        self.keep.append(nothing)
         self.params[P.captured] = self.captured.ctypes.data
         self.params[P.floats], self.params[P.ints] = self.floats.ctypes.data, self.ints.ctypes.data
 
@@ -218,7 +232,7 @@ class _Plan:
             "scores": kv_tile * q_tile * size, "live": kv_tile * q_tile,
             # forward.py keeps a row more behind these
             "row_max": 3 * q_tile * size, "row_sum": q_tile * size, "shrink": q_tile * size, "fresh": 2 * q_tile * size,
-            "k": kv_tile * p.head_dim * size, "v": kv_tile * p.value_dim * size, "rows": 2 * q_tile * size,
+            "k": kv_tile * p.head_dim * size, "v": kv_tile * p.value_dim * size, "rows": 3 * q_tile * size,
         }  # fmt: skip
         if backward:
             sizes |= {"g": q_tile * wide * size, "g_t": wide * q_tile * size, "grads": kv_tile * q_tile * size}

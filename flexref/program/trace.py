@@ -173,7 +173,9 @@ class _Recorder(TorchFunctionMode):
         type = type_of(tensor.dtype)
         indices = tuple(returned(self.builder, x, "int") for x in items)
         ref = Ref(self.builder.node("load", indices, type, place, mistakes.user_line(self.fn)))
-        return Value(self.builder, ref, dtype_of(type, self.acc_dtype))
+        # an int keeps its dtype, so that arithmetic in one that wraps is refused
+        dtype = tensor.dtype if type == "int" else dtype_of(type, self.acc_dtype)
+        return Value(self.builder, ref, dtype)
 
     def name(self, tensor: Tensor) -> str:
         return mistakes.name_of(tensor, self.fn)

@@ -5,8 +5,9 @@ d weights = value x grad_out, then d value, d key and d query. A task owns the k
 (`partial`, one pair for each task: (kv_len, width) then (kv_len, value_width), rows padded to whole vectors), so
 nothing is shared and the same call gives the same bits.
 
-`grad_tile` of a score_mod is given raw scores in T.scores, d weights in T.grads and, in T.rows, lse and then delta of
-each lane; it leaves weights in T.scores and d raw scores in T.grads, both exactly 0 where a position is masked.
+`grad_tile` of a score_mod is given raw scores in T.scores, d weights in T.grads and, in T.rows, row_max, delta and
+log2(row_sum) of each lane (lse alone is too coarse where the scores of a row share a large offset). It leaves weights in
+T.scores and d raw scores in T.grads, both exactly 0 where a position is masked.
 """
 from __future__ import annotations
 
@@ -62,22 +63,25 @@ def finite_keys_and_values(params, k_head, v_head):
 
 @helper
 def statistics(params, b, h, q0, n, lanes, grads_at, rows_at):
-    """lse, and delta = sum(grad_out * out) - grad_lse, of each lane; 0 for lanes past the end."""
+    """row_max, delta = sum(grad_out * out) - grad_lse, and log2(row_sum) of each lane; 0 for lanes past the end."""
     sizes = pointer(params, int64)
     rows, grads = pointer(rows_at, real), pointer(grads_at, real)
     ld, width = sizes[P.q_tile], sizes[P.value_width]
     padded = (width + LANES - 1) // LANES * LANES
-    lse, lse_grad = pointer(sizes[P.lse], real), pointer(sizes[P.lse_grad], real)
+    row_max, log_sum = pointer(sizes[P.row_max], real), pointer(sizes[P.log_sum], real)
+    lse_grad = pointer(sizes[P.lse_grad], real)
     out = sizes[P.o] + Q_BYTES * (b * sizes[P.o_b] + h * sizes[P.o_h] + q0 * sizes[P.o_row])
     start = (b * sizes[P.q_heads] + h) * sizes[P.q_len] + q0
     for i in range(lanes):
         rows[i] = real(0)
         rows[ld + i] = real(0)
+        rows[2 * ld + i] = real(0)
     for i in range(n):
         total = real(0)
         for d in range(width):
             total += grads[i * padded + d] * real(read_q(out, i * sizes[P.o_row] + d * sizes[P.o_col]))
-        rows[i] = lse[start + i]
+        rows[i] = row_max[start + i]
+        rows[2 * ld + i] = log_sum[start + i] * LOG2E
         rows[ld + i] = total - lse_grad[start + i] if sizes[P.lse_grad] != 0 else total
 
 
@@ -89,7 +93,7 @@ def plain_grads(scores_at, grads_at, live_at, masked, rows_at, lo, hi, lanes, ld
     for j in range(lo, hi):
         for i in range(lanes):
             score = s[j * ld + i]
-            p = exp2((score - rows[i]) * LOG2E)
+            p = exp2((score - rows[i]) * LOG2E - rows[2 * ld + i])
             p = real(0) if score == -INF else p
             ds = p * (g[j * ld + i] - rows[ld + i])
             s[j * ld + i] = p

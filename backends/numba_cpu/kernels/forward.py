@@ -132,7 +132,11 @@ def write_rows(params, b, h, q0, n, o_at, rows_at, max_at, sum_at, lanes, carefu
     start = (b * sizes[P.q_heads] + h) * q_len + q0
     for i in range(n):
         total = row_sum[i]
-        lse[start + i] = row_max[i] + real(math.log(total)) if total != real(0) else -INF
+        log_sum = real(math.log(total)) if total != real(0) else -INF
+        lse[start + i] = row_max[i] + log_sum
+        if sizes[P.row_max] != 0:
+            pointer(sizes[P.row_max], real)[start + i] = row_max[i]
+            pointer(sizes[P.log_sum], real)[start + i] = log_sum
         if sizes[P.max_scores] != 0:
             max_scores[start + i] = row_max[i] if total == total else total
     return int64(1)

@@ -1,7 +1,8 @@
 """One tile of a score_mod and its derivative, for the backward driver.
 
 Raw scores in T.scores become weights, d weights in T.grads become d raw scores; both are exactly 0 where a position is
-masked. T.rows holds lse and then delta of each lane. Gradients of captured tensors are added to T.accumulators, in float64.
+masked. T.rows holds row_max, delta and log2(row_sum)
+of each lane. Gradients of captured tensors are added to T.accumulators, in float64.
 """
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def grad_tile(params, tile_at):
             concerned = (masked == 0) | (live[j * ld + i] != 0)
             # hole: score_mod
             seen = concerned & (modified != -INF)
-            weight = select(seen, exp2((real(modified) - rows[i]) * LOG2E), real(0))
+            weight = select(seen, exp2((real(modified) - rows[i]) * LOG2E - rows[2 * ld + i]), real(0))
             grad = select(seen, weight * (grads[j * ld + i] - rows[ld + i]), real(0))
             # hole: derivative
             scores[j * ld + i] = weight

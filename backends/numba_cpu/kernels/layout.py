@@ -19,7 +19,8 @@ _PARAMS = (
     "counter", "errors", "error_load", "error_dim", "error_index", "tasks", "workers", "static", "scale",
     "batch", "kv_batch", "q_heads", "group", "q_len", "kv_len", "width", "value_width", "q_tile", "kv_tile",
     "tiles", "splits", "q_block", "kv_block", "rows", "row_step_b", "row_step_h",
-    "offsets", "indices", "full_offsets", "full_indices", "lse", "lse_grad", "max_scores", "scratch", "scratch_size",
+    "offsets", "indices", "full_offsets", "full_indices", "lse", "lse_grad", "max_scores",
+    "row_max", "log_sum", "scratch", "scratch_size",
     "partial", "accumulators", "accumulators_size", "mask_tile", "score_tile", "grad_tile", "gemm", "transpose", "captured",
     "floats", "ints",
 )  # fmt: skip
