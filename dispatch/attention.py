@@ -60,7 +60,8 @@ def flex_attention(
 
     Args:
         score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score.
-        block_mask: a BlockMask of flexref or of torch; or `mask_mod`: mask_mod(b, h, q_idx, kv_idx) -> bool.
+        block_mask: a BlockMask of flexref or of torch; or `mask_mod`: mask_mod(b, h, q_idx, kv_idx) -> bool, whose
+            BlockMask is kept until what it reads changes (a write through NumPy or `.data` is not seen).
         scale: the factor of the scores, 1/sqrt(E) by default.
         enable_gqa: allow fewer key and value heads than query heads.
         return_lse: also return the natural log-sum-exp (B, Hq, L). `return_aux` asks for lse and max_scores.

@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import Tensor
 from flexref.backends.numba_cpu import kernels_for
 from flexref.backends.numba_cpu.cache import callable_at
 from flexref.backends.numba_cpu.kernels.layout import P_SIZE, SCRATCH, T_SIZE, P
+from flexref.backends.numba_cpu.workers import pool
 from flexref.index_error import named_index_error
 from flexref.problem import Gradients, Output, Problem, Tensors
 
@@ -190,7 +189,7 @@ class _Call:
         if workers == 1:
             self.driver(address, 0)
         else:
-            others = [_pool(os.getpid()).submit(self.driver, address, i) for i in range(1, workers)]
+            others = [pool(os.getpid()).submit(self.driver, address, i) for i in range(1, workers)]
             self.driver(address, 0)
             for other in others:
                 other.result()
@@ -257,16 +256,3 @@ def _vector_bytes() -> int:
     if features.get("avx512f"):
         return 64
     return 32 if features.get("avx2") and features.get("fma") else 16
-
-
-_pool_lock = threading.Lock()
-_pools: dict[int, ThreadPoolExecutor] = {}
-
-
-def _pool(process: int) -> ThreadPoolExecutor:
-    """This process' threads; a forked child makes its own."""
-    with _pool_lock:
-        if process not in _pools:
-            _pools.clear()
-            _pools[process] = ThreadPoolExecutor(max(os.cpu_count() or 1, 1), thread_name_prefix="flexref")
-        return _pools[process]
