@@ -116,6 +116,9 @@ class Decider:
                 q, kv = q_idx[:, : self.q_size - q_tile], kv_idx[:, : self.kv_size - kv_tile]
                 allowed = self.ask(b, h, q, kv).contiguous().view(torch.uint8).flatten(1)
                 least, most = torch.minimum(least, allowed.amin(1)), torch.maximum(most, allowed.amax(1))
+                # one position of each sort decides a block
+                if bool((least < most).all()):
+                    return torch.full_like(least, PARTIAL, dtype=torch.int8)
         return (least + most).to(torch.int8)
 
     def _indices(self, start: Tensor, count: int, length: int) -> Tensor:
