@@ -14,6 +14,8 @@ import tempfile
 import threading
 import types
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -36,10 +38,12 @@ def addresses_of(sources: dict[str, str]) -> dict[str, int]:
     keys = {name: _key(name, source) for name, source in sources.items()}
     if any(key not in _loaded for key in keys.values()):
         with _lock:
-            with _no_garbage_collection():
-                for name, key in keys.items():
-                    if key not in _loaded:
-                        _loaded[key] = _load_or_compile(f"{name}_{key}", name, sources[name])
+            # those that LLVM alone makes go first: it then works beside Numba
+            missing = sorted((name for name in keys if keys[name] not in _loaded), key=lambda name: name not in DENSE)
+            with _no_garbage_collection(), ThreadPoolExecutor(1) as translator:
+                found = [_load_or_compile(f"{n}_{keys[n]}", n, sources[n], translator) for n in missing]
+                for name, address in zip(missing, found, strict=True):
+                    _loaded[keys[name]] = address()
     return {name: _loaded[key] for name, key in keys.items()}
 
 
@@ -59,24 +63,30 @@ def _key(name: str, source: str) -> str:
     return hashlib.sha256("\n".join((name, source, *_fingerprint())).encode()).hexdigest()[:32]
 
 
-def _load_or_compile(stem: str, name: str, source: str) -> int:
+def _load_or_compile(stem: str, name: str, source: str, translator: ThreadPoolExecutor) -> Callable[[], int]:
+    """The address, to be asked for when the others have been begun: `translator` makes machine code meanwhile."""
     directory = folder()
     path = None if directory is None else directory / f"{stem}.o"
     if path is not None and path.exists():
         try:
-            return _link(*_read(path))
+            address = _link(*_read(path))
+            return lambda: address
         except Exception as error:
             warnings.warn(f"{path} is damaged ({error}); it is made again.", CacheWarning, stacklevel=2)
     from flexref.backends.numba_cpu import compiler
 
     text_path = None if path is None else path.with_suffix(".ll" if name in DENSE else ".py")
-    make = compiler.compile_dense if name in DENSE else compiler.compile_kernel
-    symbol, code, text = make(name, source, str(text_path or f"<{stem}>"))
-    if path is not None and text_path is not None:
-        _write(text_path, text.encode())
-        digest = hashlib.sha256(code).digest()
-        _write(path, _MAGIC + symbol.encode() + b"\n" + digest + code)
-    return _link(symbol, code)
+    begin = compiler.begin_dense if name in DENSE else compiler.begin_kernel
+    finish = translator.submit(begin(name, source, str(text_path or f"<{stem}>")))
+
+    def address_when_made() -> int:
+        symbol, code, text = finish.result()
+        if path is not None and text_path is not None:
+            _write(text_path, text.encode())
+            _write(path, _MAGIC + symbol.encode() + b"\n" + hashlib.sha256(code).digest() + code)
+        return _link(symbol, code)
+
+    return address_when_made
 
 
 def _read(path: Path) -> tuple[str, bytes]:

@@ -2,27 +2,41 @@
 from __future__ import annotations
 
 import linecache
+from collections.abc import Callable
 
 import llvmlite.binding as llvm
 
 from flexref.backends.numba_cpu.cache import target_machine
 from flexref.backends.numba_cpu.kernels.gemm import dense_source
 
+Made = tuple[str, bytes, str]
 
-def compile_kernel(name: str, source: str, path: str) -> tuple[str, bytes, str]:
-    """The symbol, object code and source of the function `name(int64, int64)`; `path` is what a traceback names."""
+
+def begin_kernel(name: str, source: str, path: str) -> Callable[[], Made]:
+    """Lower the function `name(int64, int64)` with Numba, here and now; what is returned makes its machine code.
+
+    That is the symbol, the object code and the source; it may be called in another thread. `path` is what a traceback names.
+    """
     symbol, text = _lower(name, source, path)
-    module = llvm.parse_assembly(text)
-    for function in module.functions:
-        if not function.is_declaration and function.name != symbol:
-            function.linkage = "internal"
-    return symbol, _object(module, vectorize=True), source
+
+    def finish() -> Made:
+        module = llvm.parse_assembly(text)
+        for function in module.functions:
+            if not function.is_declaration and function.name != symbol:
+                function.linkage = "internal"
+        return symbol, _object(module, vectorize=True), source
+
+    return finish
 
 
-def compile_dense(name: str, kind: str, path: str) -> tuple[str, bytes, str]:
+def begin_dense(name: str, kind: str, path: str) -> Callable[[], Made]:
     """The same for gemm.py's kernels, whose loops are as they shall be: LLVM only has to find registers."""
-    text = dense_source(name, {"float32": 4, "float64": 8}[kind])
-    return name, _object(llvm.parse_assembly(text), vectorize=False), text
+
+    def finish() -> Made:
+        text = dense_source(name, {"float32": 4, "float64": 8}[kind])
+        return name, _object(llvm.parse_assembly(text), vectorize=False), text
+
+    return finish
 
 
 def _object(module, vectorize: bool) -> bytes:
