@@ -38,13 +38,17 @@ def addresses_of(sources: dict[str, str]) -> dict[str, int]:
     keys = {name: _key(name, source) for name, source in sources.items()}
     if any(key not in _loaded for key in keys.values()):
         with _lock:
-            # those that LLVM alone makes go first: it then works beside Numba
-            missing = sorted((name for name in keys if keys[name] not in _loaded), key=lambda name: name not in DENSE)
+            # LLVM works beside Numba: first what it makes alone, and the longest to lower last
+            missing = sorted((name for name in keys if keys[name] not in _loaded), key=_begun_when)
             with _no_garbage_collection(), ThreadPoolExecutor(1) as translator:
                 found = [_load_or_compile(f"{n}_{keys[n]}", n, sources[n], translator) for n in missing]
                 for name, address in zip(missing, found, strict=True):
                     _loaded[keys[name]] = address()
     return {name: _loaded[key] for name, key in keys.items()}
+
+
+def _begun_when(name: str) -> tuple[bool, bool]:
+    return name not in DENSE, not name.endswith("_tile")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import cache, lru_cache
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from flexref.backends.numba_cpu import kernels_for
 from flexref.backends.numba_cpu.cache import callable_at
 from flexref.backends.numba_cpu.kernels.layout import P_SIZE, SCRATCH, T_SIZE, P
-from flexref.backends.numba_cpu.workers import pool
+from flexref.backends.numba_cpu.workers import share_out
 from flexref.index_error import named_index_error
 from flexref.problem import Gradients, Output, Problem, Tensors
 
@@ -189,10 +188,7 @@ class _Call:
         if workers == 1:
             self.driver(address, 0)
         else:
-            others = [pool(os.getpid()).submit(self.driver, address, i) for i in range(1, workers)]
-            self.driver(address, 0)
-            for other in others:
-                other.result()
+            share_out(lambda worker: self.driver(address, worker), workers)
         if self.params[P.errors]:
             error = named_index_error(self.problem, self.tensors)
             raise error or IndexError("a captured tensor is indexed out of range.")
