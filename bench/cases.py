@@ -35,6 +35,7 @@ TARGETS = {
         Target("forward + backward / SDPA: causal", 1.0),
         Target("forward + backward / SDPA with a dense mask: window 256", 5.0),
         Target("first call of a new mod", 1.5, "s", at_most=True),
+        Target("first call with an empty cache, drivers and all", 1.5, "s", at_most=True),
         Target("first call from the disk cache in a new process, over the import", 0.3, "s", at_most=True),
         Target("import flexref over import torch", 0.15, "s", at_most=True),
         Target("fixed cost of a call, L = S = 16", 150.0, "us", at_most=True),

@@ -178,22 +178,25 @@ def against_sdpa(bench: Bench) -> None:
 
 
 def starting(bench: Bench) -> None:
-    """A new mod's first call, from an empty cache and from a filled one; the cost of the import."""
+    """A new mod's first call, the first of all with an empty cache, one from a filled cache; the cost of the import."""
     names = (
         "first call of a new mod",
+        "first call with an empty cache, drivers and all",
         "first call from the disk cache in a new process, over the import",
         "import flexref over import torch",
     )
     if bench.refused("ALiBi + causal", names, gradients=True):
         return
-    firsts, cached, imports = [], [], []
+    news, firsts, cached, imports = [], [], [], []
     for _ in range(1 if bench.quick else 5):
         with TemporaryDirectory() as cache:
             arguments = "--backend", bench.backend, "--length", str(bench.length)
-            firsts.append(in_new_process("first", cache, *arguments)["first"])
+            empty = in_new_process("first", cache, *arguments)
+            news.append(empty["new"])
+            firsts.append(empty["first"])
             cached.append(in_new_process("first", cache, *arguments)["first"])
             imports.append(in_new_process("import", cache)["flexref"])
-    for name, samples in zip(names, (firsts, cached, imports), strict=True):
+    for name, samples in zip(names, (news, firsts, cached, imports), strict=True):
         bench.target(name, statistics.median(samples), spread=Timing.of(samples))
 
 
