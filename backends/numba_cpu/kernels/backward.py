@@ -284,7 +284,5 @@ def backward(params, worker):
                             gemm(gemm_at, width, lanes, hi - lo, k_at, k_next, k_step, g_used, ld, dq_t_at, ld, 1)
             if sizes[P.dq] != 0:
                 write_query_grads(params, b, h, q0, n, lanes, dq_t_at, q_at)
-    if tile[T.error] != 0 and next_task(params + 8 * P.errors) == 0:
-        sizes[P.error_load] = tile[T.error_load]
-        sizes[P.error_dim] = tile[T.error_dim]
-        sizes[P.error_index] = tile[T.error_index]
+    if tile[T.error] != 0:
+        next_task(params + 8 * P.errors)

@@ -12,11 +12,11 @@ from types import ModuleType
 
 TENSORS = ("q", "k", "v", "o", "g", "dq", "dk", "dv")
 SCRATCH = (
-    "tile", "q", "q_t", "o", "o_t", "g", "g_t", "scores", "raw", "grads", "live", "row_max", "row_sum", "shrink",
+    "tile", "q", "q_t", "o", "o_t", "g", "g_t", "scores", "grads", "live", "row_max", "row_sum", "shrink",
     "fresh", "k", "v", "rows",
 )  # fmt: skip
 _PARAMS = (
-    "counter", "errors", "error_load", "error_dim", "error_index", "tasks", "workers", "static", "scale",
+    "counter", "errors", "tasks", "workers", "static", "scale",
     "batch", "kv_batch", "q_heads", "group", "q_len", "kv_len", "width", "value_width", "q_tile", "kv_tile",
     "tiles", "splits", "q_block", "kv_block", "rows", "row_step_b", "row_step_h",
     "offsets", "indices", "full_offsets", "full_indices", "lse", "lse_grad", "max_scores",
@@ -27,8 +27,8 @@ _PARAMS = (
 _PARAMS += tuple("at_" + name for name in SCRATCH)
 _PARAMS += tuple(name + stride for name in TENSORS for stride in ("", "_b", "_h", "_row", "_col"))
 _TILE = (
-    "b", "h", "q0", "n", "kv0", "lo", "hi", "allowed", "ld", "scores", "raw", "grads", "live", "masked", "rows",
-    "accumulators", "error", "error_load", "error_dim", "error_index",
+    "b", "h", "q0", "n", "kv0", "lo", "hi", "allowed", "ld", "scores", "grads", "live", "masked", "rows",
+    "accumulators", "error",
 )  # fmt: skip
 
 

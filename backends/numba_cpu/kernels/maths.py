@@ -105,7 +105,7 @@ _ln2_low = _constant(-2.1219444005469057e-4)
 _ln2 = _constant(0.6931471805599453)
 _exp_low, _exp_high = _constant(-104.0, -746.0), _constant(89.0, 710.0)
 _exp2_low, _exp2_high = _constant(-150.0, -1076.0), _constant(128.5, 1024.5)
-_tanh_end, _tiny = _constant(10.0, 20.0), _constant(0.5)
+_tanh_end = _constant(10.0, 20.0)
 # exp(r) - 1 = r * (1 + r / 2 + r^2 / 6 + ...), to more terms than |r| <= ln(2) / 2 needs in each type
 _expm1_series = _polynomial(*(1.0 / math.factorial(k + 1) for k in range(14)))
 
