@@ -1,0 +1,219 @@
+"""Forward: one program walks the listed blocks of keys for one tile of query rows, with an online softmax in base 2.
+
+Two loops: full blocks whose every position counts, with no mask and no check of bounds; then what has to be checked:
+partial blocks, and the block that the length cuts off. PACK puts the query heads of one key head into one tile, and
+SPLIT gives each program a share of the listed blocks, whose results combine.py joins: both are for decoding.
+FOLD: without a score_mod, scale and log2(e) are one factor, and row_max is that of q @ k itself.
+"""
+import triton
+import triton.language as tl
+
+NUMBERS = (
+    "kv_batch", "q_heads", "kv_heads", "group", "q_len", "kv_len", "rows", "columns", "mask_heads", "list_rows", "section",
+    "replicas", "splits",
+    # hole: numbers
+)  # fmt: skip
+
+
+@triton.jit
+def positions(
+    it, at, full_at, interior, tail, kv_len, indices, full_indices,
+    CHECKED: tl.constexpr, LISTS: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Where tile `it` starts, which of its keys count, and whether its block is listed full."""
+    TILES: tl.constexpr = (KV_BLOCK + BLOCK_N - 1) // BLOCK_N
+    start = full_at + interior if CHECKED else full_at
+    block, full = listed(it, at, start, tail, indices, full_indices, CHECKED, LISTS, TILES)
+    kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
+    end = tl.minimum((block + 1) * KV_BLOCK, kv_len)
+    return kv0, kv0 + tl.arange(0, BLOCK_N) < end, full
+
+
+@triton.jit
+def weigh(
+    q_tile, k_tile, row_max, scale, b, h, q_idx, kv, kv_len, rows_inside, inside, full, errors,
+    # hole: parameters
+    CHECKED: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHECK_READS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """The weights of a tile against the new row_max, the factor for what came before, and the positions seen."""
+    score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=real).to(real)
+    if not FOLD:
+        score = score * scale
+    kv_idx = tl.minimum(kv, kv_len - 1)[None, :]
+    allowed = rows_inside[:, None] & inside[None, :]
+    if CHECKED and HAS_MASK:
+        mask, wrong = mask_mod(
+            b, h, q_idx, kv_idx, allowed & (full == 0),
+            # hole: arguments
+        )
+        allowed = allowed & (mask | full)
+        if CHECK_READS:
+            tl.store(errors + tl.zeros_like(wrong).to(tl.int32), 1, mask=wrong)
+    if HAS_SCORE:
+        score, wrong = score_mod(
+            score, b, h, q_idx, kv_idx, allowed,
+            # hole: arguments
+        )
+        if CHECK_READS:
+            tl.store(errors + tl.zeros_like(wrong).to(tl.int32), 1, mask=wrong)
+    if CHECKED:
+        score = tl.where(allowed, score, float("-inf"))
+    fresh = tl.maximum(row_max, tl.max(score, 1))
+    safe = tl.where(fresh == float("-inf"), 0.0, fresh)
+    factor = scale * LOG2E if FOLD else tl.full([], LOG2E, real)
+    shrink = tl.exp2((row_max - safe) * factor)
+    if SUBTRACT:
+        weights = tl.exp2((score - safe[:, None]) * factor)
+    else:
+        weights = tl.exp2(score * factor - (safe * factor)[:, None])
+    return weights, shrink, fresh, allowed & (score != float("-inf"))
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def forward(
+    q, k, v, k_tiles, v_tiles, out, lse, max_scores, saved_max, saved_sum, part, errors,
+    offsets, indices, full_offsets, full_indices, order,
+    q_b, q_h, q_row, q_column, k_b, k_h, k_row, k_column, v_b, v_h, v_row, v_column,
+    scale: "fp64", kv_batch, q_heads, kv_heads, group, q_len, kv_len, rows, columns, mask_heads, list_rows, section, replicas, splits,
+    # hole: parameters
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
+    SAVE: tl.constexpr, MAX_SCORES: tl.constexpr, Q_TILES: tl.constexpr,
+):
+    # which tile: rows of blocks by descending work, the heads of a section beside one another so that they share a cache
+    pid = tl.program_id(0)
+    of_section = section * list_rows * Q_TILES
+    before = pid // of_section * section
+    width = tl.minimum(section, replicas - before)
+    rank, replica = pid % of_section // width, before + pid % of_section % width
+    flat = rank // Q_TILES
+    if LISTS:
+        flat = tl.load(order + flat)
+    row_of_blocks = flat % rows
+    heads = kv_heads if PACK else q_heads
+    fan = tl.where(mask_heads == 1, heads, 1)
+    b = flat // rows // mask_heads + replica // fan
+    h = flat // rows % mask_heads + replica % fan
+    kv_head = h if PACK else h // group
+    q_first = row_of_blocks * Q_BLOCK
+    span = tl.minimum(Q_BLOCK, q_len - q_first)
+    index = rank % Q_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    if PACK:
+        rows_inside = index < group * span
+        head, q_rows = h * group + index // span, q_first + index % span
+        head = tl.minimum(head, q_heads - 1)
+    else:
+        rows_inside = index < span
+        head, q_rows = h + index * 0, q_first + index
+    if rank % Q_TILES * BLOCK_M >= (group * span if PACK else span):
+        return
+    q_rows = tl.minimum(q_rows, q_len - 1)
+    q_idx = q_rows[:, None]
+    h_idx = head[:, None] if PACK else h
+    scale = tl.full([], scale, real)
+
+    q_at = q + b.to(tl.int64) * q_b
+    q_offset = head.to(tl.int64) * q_h + q_rows.to(tl.int64) * q_row
+    q_columns = tl.arange(0, HEAD_COLUMNS)
+    q_there = rows_inside[:, None] & (q_columns < HEAD_DIM)[None, :]
+    q_tile = tl.load(q_at + q_offset[:, None] + q_columns[None, :] * q_column, mask=q_there, other=0.0)
+    kv_b = tl.minimum(b, kv_batch - 1)
+    k_at = k + kv_b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
+    v_at = v + kv_b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
+    kv_rows = tl.arange(0, BLOCK_N)
+
+    TILES: tl.constexpr = (KV_BLOCK + BLOCK_N - 1) // BLOCK_N
+    at, full_at, partial, full_count, interior = row_range(
+        offsets, full_offsets, full_indices, flat, columns, kv_len % KV_BLOCK != 0, LISTS, KV_BLOCK % BLOCK_N == 0
+    )
+    free, total = interior * TILES, (full_count + partial) * TILES
+    split = tl.program_id(1)
+    first, last = 0, total
+    if SPLIT:
+        first = (total.to(tl.int64) * split // splits).to(tl.int32)
+        last = (total.to(tl.int64) * (split + 1) // splits).to(tl.int32)
+
+    acc = tl.zeros([BLOCK_M, VALUE_COLUMNS], real)
+    row_max = tl.full([BLOCK_M], float("-inf"), real)
+    row_sum = tl.zeros([BLOCK_M], real)
+    for it in range(tl.minimum(first, free), tl.minimum(last, free)):
+        kv0, inside, full = positions(
+            it, at, full_at, interior, full_count, kv_len, indices, full_indices, False, LISTS, KV_BLOCK, BLOCK_N
+        )
+        k_tile = load_tile(
+            k_at, k_tiles, kv_b, kv_head, kv0, kv_rows, k_row, k_column, inside, BLOCK_N, HEAD_COLUMNS, HEAD_DIM, False, TMA
+        )
+        weights, shrink, row_max, _ = weigh(
+            q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h_idx, q_idx, kv0 + kv_rows, kv_len, rows_inside, inside,
+            full, errors,
+            # hole: arguments
+            False, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
+        )
+        v_tile = load_tile(
+            v_at, v_tiles, kv_b, kv_head, kv0, kv_rows, v_row, v_column, inside, BLOCK_N, VALUE_COLUMNS, VALUE_DIM, False, TMA
+        )
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(q_tile.dtype), v_tile.to(q_tile.dtype), acc, input_precision=PRECISION, out_dtype=real)
+    for it in range(tl.maximum(first - free, 0), tl.maximum(last - free, 0)):
+        kv0, inside, full = positions(
+            it, at, full_at, interior, full_count - interior, kv_len, indices, full_indices, True, LISTS, KV_BLOCK, BLOCK_N
+        )
+        k_tile = load_tile(
+            k_at, k_tiles, kv_b, kv_head, kv0, kv_rows, k_row, k_column, inside, BLOCK_N, HEAD_COLUMNS, HEAD_DIM, True, TMA
+        )
+        weights, shrink, row_max, _ = weigh(
+            q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h_idx, q_idx, kv0 + kv_rows, kv_len, rows_inside, inside,
+            full, errors,
+            # hole: arguments
+            True, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
+        )
+        v_tile = load_tile(
+            v_at, v_tiles, kv_b, kv_head, kv0, kv_rows, v_row, v_column, inside, BLOCK_N, VALUE_COLUMNS, VALUE_DIM, True, TMA
+        )
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(q_tile.dtype), v_tile.to(q_tile.dtype), acc, input_precision=PRECISION, out_dtype=real)
+
+    row = (b.to(tl.int64) * q_heads + head) * q_len + q_rows
+    out_row = row * VALUE_DIM
+    unsound = any_of((acc - acc != 0) & rows_inside[:, None])
+    unsound |= tl.max(((row_sum == 0) & (row_max != float("-inf"))).to(tl.int32), 0)
+    if unsound == 0:
+        write(
+            acc, row_max, row_sum, row, rows_inside, out, lse, max_scores, saved_max, saved_sum, out_row, scale, 0, part,
+            split, splits, FOLD, SPLIT, VALUE_COLUMNS, VALUE_DIM, SAVE, MAX_SCORES,
+        )
+    else:
+        # a number that is not finite may come from a masked value: once more, a few columns at a time, with a care for each
+        for column in tl.range(0, VALUE_DIM, CHUNK, num_stages=1):
+            part_of_acc = tl.zeros([BLOCK_M, CHUNK], real)
+            row_max = tl.full([BLOCK_M], float("-inf"), real)
+            row_sum = tl.zeros([BLOCK_M], real)
+            q_tile = tl.load(q_at + q_offset[:, None] + q_columns[None, :] * q_column, mask=q_there, other=0.0)
+            for it in tl.range(first, last, num_stages=1):
+                kv0, inside, full = positions(
+                    it, at, full_at, 0, full_count, kv_len, indices, full_indices, True, LISTS, KV_BLOCK, BLOCK_N
+                )
+                k_from = k_at + kv0.to(tl.int64) * k_row
+                k_tile = load_rows(k_from, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, True)
+                weights, shrink, row_max, seen = weigh(
+                    q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h_idx, q_idx, kv0 + kv_rows, kv_len, rows_inside,
+                    inside, full, errors,
+                    # hole: arguments
+                    True, FOLD, True, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
+                )
+                value_columns = column + tl.arange(0, CHUNK)
+                v_there = inside[:, None] & (value_columns < VALUE_DIM)[None, :]
+                v_from = v_at + (kv0 + kv_rows).to(tl.int64)[:, None] * v_row + value_columns[None, :] * v_column
+                v_tile = tl.load(v_from, mask=v_there, other=0.0)
+                row_sum = row_sum * shrink + tl.sum(weights, 1)
+                part_of_acc = part_of_acc * shrink[:, None]
+                part_of_acc = careful_dot(weights, seen, v_tile.to(q_tile.dtype), part_of_acc, PRECISION)
+            write(
+                part_of_acc, row_max, row_sum, row, rows_inside, out, lse, max_scores, saved_max, saved_sum, out_row, scale,
+                column, part, split, splits, FOLD, SPLIT, CHUNK, VALUE_DIM, SAVE, MAX_SCORES,
+            )
