@@ -88,7 +88,7 @@ class Call:
             "LISTS": p.block_size is not None, "HEAD_DIM": p.head_dim, "VALUE_DIM": p.value_dim,
             "HEAD_COLUMNS": padded(p.head_dim), "VALUE_COLUMNS": padded(p.value_dim), "HAS_SCORE": p.score is not None,
             "HAS_MASK": p.mask is not None and p.block_size is not None, "CHECK_READS": self.checks,
-            "PRECISION": str(self.options.get("precision", "ieee")), "CHUNK": 16,
+            "PRECISION": str(self.options.get("precision", "ieee")), "CHUNK": 128 if self.emulated else 16,
         }  # fmt: skip
 
     def folds(self) -> bool:

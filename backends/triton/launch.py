@@ -15,9 +15,9 @@ SHORT = 128
 _WAVES = 8
 
 
-def forward(problem: Problem, tensors: Tensors) -> Output:
+def forward(problem: Problem, tensors: Tensors, call: Call | None = None) -> Output:
     """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type."""
-    call = Call(problem, tensors)
+    call = call or Call(problem, tensors)
     p, device = problem, call.device
     row_shape = p.batch, p.q_heads, p.q_len
     out = torch.empty(*row_shape, p.value_dim, dtype=p.dtype, device=device)

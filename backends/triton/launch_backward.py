@@ -15,14 +15,19 @@ _FEW = 1 << 20
 
 
 def backward(
-    problem: Problem, tensors: Tensors, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+    problem: Problem,
+    tensors: Tensors,
+    output: Output,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    call: Call | None = None,
 ) -> Gradients:
     """The gradients of query, key, value and captured tensors that are needed."""
     need_q, need_k, need_v = problem.needs_grad
     sums = _accumulators(problem, tensors)
     if output.lse.numel() == 0 or problem.kv_len == 0:
         return _no_gradients(problem, tensors, sums)
-    call = Call(problem, tensors)
+    call = call or Call(problem, tensors)
     arguments = _arguments(call, output, plain(grad_out), grad_lse)
     five = call.options.get("backward") == "five_products" and (need_k or need_v)
     d_query = d_key = d_value = None
@@ -34,9 +39,8 @@ def backward(
         d_query = _by_queries(call, arguments)
     call.raise_bad_reads()
     captured = [sums[f"a{i}"].view(c.shape).to(c.dtype) if c.needs_grad else None for i, c in enumerate(problem.captures)]
-    return Gradients(
-        None if d_query is None else d_query.to(problem.dtype), d_key, d_value, tuple(_home(x, t) for x, t in zip(captured, tensors.captured, strict=True))
-    )
+    at_home = tuple(_home(x, t) for x, t in zip(captured, tensors.captured, strict=True))
+    return Gradients(None if d_query is None else d_query.to(problem.dtype), d_key, d_value, at_home)
 
 
 def _home(grad: Tensor | None, captured: Tensor) -> Tensor | None:
@@ -127,7 +131,8 @@ def _by_keys(
     walk |= {"replicas": (p.batch if mask is None or mask.B == 1 else 1) * (units if heads == 1 else 1)}
     walk["section"] = min(walk["section"], walk["replicas"])
     arguments = arguments | walk | sums | {
-        "d_query": d_query, "d_key": d_key, "d_value": d_value, "members": 1 if alone else p.group,
+        "d_query": d_query, "d_key": d_key, "d_value": d_value, "members": p.group if units == p.kv_heads else 1,
+        "ALONE": units == p.q_heads,
         "ATOMIC_Q": d_query is not None, "NEED_K": need[1], "NEED_V": need[2], "SCATTER": bool(sums),
     }  # fmt: skip
 
@@ -136,7 +141,10 @@ def _by_keys(
         more = _tile(p, tile)
         if p.block_size is None:
             more |= {"KV_BLOCK": 1 << 30, "Q_BLOCK": tile.q, "rows": -(-p.q_len // tile.q), "columns": 1}
-        function[(arguments["list_rows"] * kv_tiles * arguments["replicas"],)](**arguments | more, KV_TILES=kv_tiles)
+        count = arguments["list_rows"] * kv_tiles * arguments["replicas"]
+        more |= {"KV_TILES": kv_tiles, "unsound": torch.zeros(count, dtype=torch.int32, device=call.device)}
+        function[(count,)](**arguments | more, CAREFUL=False)
+        function[(count,)](**arguments | more | {"num_stages": 1}, CAREFUL=True)
 
     call.run("backward_kv", launch)
     return _folded(d_key, call.tensors.key), _folded(d_value, call.tensors.value)

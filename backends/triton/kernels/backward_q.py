@@ -21,19 +21,10 @@ def backward_q(
     CHUNK: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, Q_TILES: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    of_section = section * list_rows * Q_TILES
-    before = pid // of_section * section
-    width = tl.minimum(section, replicas - before)
-    rank, replica = pid % of_section // width, before + pid % of_section % width
-    flat = rank // Q_TILES
-    if LISTS:
-        flat = tl.load(order + flat)
-    row_of_blocks = flat % rows
-    fan = tl.where(mask_heads == 1, q_heads, 1)
-    b = flat // rows // mask_heads + replica // fan
-    h = flat // rows % mask_heads + replica % fan
-    q_first = row_of_blocks * Q_BLOCK + rank % Q_TILES * BLOCK_M
+    flat, tile, row_of_blocks, b, h = place_of(
+        tl.program_id(0), order, rows, section, list_rows, replicas, q_heads, mask_heads, Q_TILES, LISTS
+    )
+    q_first = row_of_blocks * Q_BLOCK + tile * BLOCK_M
     q_end = tl.minimum(row_of_blocks * Q_BLOCK + tl.minimum(Q_BLOCK, q_len), q_len)
     if q_first >= q_end:
         return

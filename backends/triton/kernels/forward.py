@@ -83,24 +83,14 @@ def forward(
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     SAVE: tl.constexpr, MAX_SCORES: tl.constexpr, Q_TILES: tl.constexpr,
 ):
-    # which tile: rows of blocks by descending work, the heads of a section beside one another so that they share a cache
-    pid = tl.program_id(0)
-    of_section = section * list_rows * Q_TILES
-    before = pid // of_section * section
-    width = tl.minimum(section, replicas - before)
-    rank, replica = pid % of_section // width, before + pid % of_section % width
-    flat = rank // Q_TILES
-    if LISTS:
-        flat = tl.load(order + flat)
-    row_of_blocks = flat % rows
     heads = kv_heads if PACK else q_heads
-    fan = tl.where(mask_heads == 1, heads, 1)
-    b = flat // rows // mask_heads + replica // fan
-    h = flat // rows % mask_heads + replica % fan
+    flat, tile, row_of_blocks, b, h = place_of(
+        tl.program_id(0), order, rows, section, list_rows, replicas, heads, mask_heads, Q_TILES, LISTS
+    )
     kv_head = h if PACK else h // group
     q_first = row_of_blocks * Q_BLOCK
     span = tl.minimum(Q_BLOCK, q_len - q_first)
-    index = rank % Q_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if PACK:
         rows_inside = index < group * span
         head, q_rows = h * group + index // span, q_first + index % span
@@ -108,7 +98,7 @@ def forward(
     else:
         rows_inside = index < span
         head, q_rows = h + index * 0, q_first + index
-    if rank % Q_TILES * BLOCK_M >= (group * span if PACK else span):
+    if tile * BLOCK_M >= (group * span if PACK else span):
         return
     q_rows = tl.minimum(q_rows, q_len - 1)
     q_idx = q_rows[:, None]

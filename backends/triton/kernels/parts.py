@@ -6,9 +6,9 @@ b, h are the query's; q_idx, kv_idx have the shape (rows, 1) or (1, columns) of 
 import triton
 import triton.language as tl
 
-real: tl.constexpr = tl.float32
+real = tl.constexpr(tl.float32)
 # hole: types
-LOG2E: tl.constexpr = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -36,11 +36,12 @@ def load_rows(base, rows, row_step, column_step, inside, COLUMNS: tl.constexpr, 
     at = base + rows[:, None] * row_step + columns[None, :] * column_step
     if CHECKED and WIDTH < COLUMNS:
         return tl.load(at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
-    if CHECKED:
+    elif CHECKED:
         return tl.load(at, mask=inside[:, None], other=0.0)
-    if WIDTH < COLUMNS:
+    elif WIDTH < COLUMNS:
         return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
-    return tl.load(at)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -51,7 +52,8 @@ def load_tile(
     """Rows `first` and on of one head, as load_rows; through the descriptor of the whole tensor where there is one."""
     if TMA:
         return descriptor.load([b, h, first, 0]).reshape(ROWS, COLUMNS)
-    return load_rows(base + first.to(tl.int64) * row_step, rows, row_step, column_step, inside, COLUMNS, WIDTH, CHECKED)
+    else:
+        return load_rows(base + first.to(tl.int64) * row_step, rows, row_step, column_step, inside, COLUMNS, WIDTH, CHECKED)
 
 
 @triton.jit
@@ -64,12 +66,13 @@ def listed(it, at, full_at, tail, indices, full_indices, CHECKED: tl.constexpr, 
     entry = it // TILES
     if not LISTS:
         return full_at + entry, full_at >= 0
-    if not CHECKED:
+    elif not CHECKED:
         return tl.load(full_indices + full_at + entry), full_at >= 0
-    full = entry < tail
-    block = tl.load(full_indices + full_at + entry, mask=full, other=0)
-    block += tl.load(indices + at + entry - tail, mask=entry >= tail, other=0)
-    return block, full
+    else:
+        full = entry < tail
+        block = tl.load(full_indices + full_at + entry, mask=full, other=0)
+        block += tl.load(indices + at + entry - tail, mask=entry >= tail, other=0)
+        return block, full
 
 
 @triton.jit
@@ -80,8 +83,9 @@ def row_range(offsets, full_offsets, full_indices, row, count, ragged, LISTS: tl
     do tiles fit into blocks.
     """
     if LISTS:
-        at, full_at = tl.load(offsets + row), tl.load(full_offsets + row)
-        partial, full = tl.load(offsets + row + 1) - at, tl.load(full_offsets + row + 1) - full_at
+        at, full_at = tl.load(offsets + row).to(tl.int32), tl.load(full_offsets + row).to(tl.int32)
+        partial = tl.load(offsets + row + 1).to(tl.int32) - at
+        full = tl.load(full_offsets + row + 1).to(tl.int32) - full_at
         last = tl.load(full_indices + full_at + full - 1, mask=full > 0, other=0)
         cut = (full > 0) & (last == count - 1) & ragged
     else:
@@ -90,7 +94,29 @@ def row_range(offsets, full_offsets, full_indices, row, count, ragged, LISTS: tl
     interior = full - cut.to(tl.int32)
     if not EXACT:
         interior = interior * 0
-    return at, full_at, partial.to(tl.int32), full.to(tl.int32), interior.to(tl.int32)
+    return at, full_at, partial, full, interior
+
+
+@triton.jit
+def place_of(
+    pid, order, lines, section, list_rows, replicas, heads, mask_heads, TILES: tl.constexpr, LISTS: tl.constexpr,
+):
+    """Which list program `pid` works on, and which tile of its block, line of blocks, batch and head that is.
+
+    Lists by descending work come first. The heads of a section run beside one another, so that what they read stays in
+    the cache; `replicas` are the batches and heads that share a list.
+    """
+    of_section = section * list_rows * TILES
+    before = pid // of_section * section
+    width = tl.minimum(section, replicas - before)
+    rank, replica = pid % of_section // width, before + pid % of_section % width
+    flat = rank // TILES
+    if LISTS:
+        flat = tl.load(order + flat)
+    fan = tl.where(mask_heads == 1, heads, 1)
+    b = flat // lines // mask_heads + replica // fan
+    h = flat // lines % mask_heads + replica % fan
+    return flat, rank % TILES, flat % lines, b, h
 
 
 @triton.jit
