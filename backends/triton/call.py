@@ -1,6 +1,7 @@
 """What every launch needs: where the tensors are, the arguments of the mods, the walk over the lists, a tile that fits."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -114,6 +115,13 @@ class Call:
                     if type(error).__name__ != "OutOfResources" or following is None:
                         raise
                     tile = _fitted[key] = following
+
+    def twice(self, function: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        """The launch, and one that does again, with care, what did not come out finite: only a masked NaN needs it (R4)."""
+        unsound = torch.zeros(math.prod(grid), dtype=torch.int32, device=self.device)
+        function[grid](**arguments, unsound=unsound, CAREFUL=False)
+        if self.problem.block_size is not None or self.problem.score is not None or not arguments["SUBTRACT"]:
+            function[grid](**arguments | {"num_stages": 1}, unsound=unsound, CAREFUL=True)
 
     def raise_bad_reads(self) -> None:
         """IndexError if a checked read was out of range (R13); waits for the device only if there was something to check."""

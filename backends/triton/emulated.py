@@ -78,6 +78,7 @@ def interpreting() -> Iterator[None]:
         mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
         mock.patch.object(builder, "create_dot", _dot(builder.create_dot)),
         mock.patch.object(builder, "cast_impl", _cast(builder.cast_impl)),
+        *_patched_once(interpreter),
         np.errstate(all="ignore"),
     ]
     for patch in patches:
@@ -87,6 +88,27 @@ def interpreting() -> Iterator[None]:
     finally:
         for patch in reversed(patches):
             patch.__exit__(None, None, None)
+
+
+def _patched_once(interpreter) -> list:
+    """The interpreter prepares the language again for every function that a kernel calls; once a launch is enough."""
+    original, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[int] = set()
+
+    def patch_lang(fn):
+        if id(fn.__globals__) in done:
+            return None
+        done.add(id(fn.__globals__))
+        return original(fn)
+
+    def call(self, *args, **kwargs):
+        done.clear()
+        return launch(self, *args, **kwargs)
+
+    return [
+        mock.patch.object(interpreter, "_patch_lang", patch_lang),
+        mock.patch.object(interpreter.GridExecutor, "__call__", call),
+    ]
 
 
 def _dot(original):

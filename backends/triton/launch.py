@@ -61,7 +61,7 @@ def _whole(call: Call, output: Output) -> None:
     def launch(function: Any, tile: Tile) -> None:
         q_tiles = -(-_q_block(call.problem) // tile.q)
         count = arguments["list_rows"] * q_tiles * arguments["replicas"]
-        function[(count, 1)](**arguments | _descriptors(call, tile) | _tile(call, tile), Q_TILES=q_tiles)
+        call.twice(function, (count, 1), arguments | _descriptors(call, tile) | _tile(call, tile) | {"Q_TILES": q_tiles})
 
     call.run("forward", launch)
 
@@ -85,7 +85,7 @@ def _decode(call: Call, output: Output) -> None:
     def launch(function: Any, tile: Tile) -> None:
         q_tiles = -(-members // tile.q)
         count = arguments["list_rows"] * q_tiles * arguments["replicas"]
-        function[(count, splits)](**arguments | _descriptors(call, tile) | _tile(call, tile), Q_TILES=q_tiles)
+        call.twice(function, (count, splits), arguments | _descriptors(call, tile) | _tile(call, tile) | {"Q_TILES": q_tiles})
 
     call.run("decode", launch)
     if splits > 1:

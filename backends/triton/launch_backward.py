@@ -101,7 +101,8 @@ def _by_queries(call: Call, arguments: dict[str, Any]) -> Tensor:
     def launch(function: Any, tile: Tile) -> None:
         q_tiles = -(-q_block // tile.q)
         more = _tile(p, tile) if p.block_size else _tile(p, tile) | {"Q_BLOCK": 1 << 30, "columns": -(-p.kv_len // tile.kv)}
-        function[(arguments["list_rows"] * q_tiles * arguments["replicas"],)](**arguments | more, Q_TILES=q_tiles)
+        count = arguments["list_rows"] * q_tiles * arguments["replicas"]
+        call.twice(function, (count,), arguments | more | {"Q_TILES": q_tiles})
 
     call.run("backward_q", launch)
     return d_query
@@ -142,9 +143,7 @@ def _by_keys(
         if p.block_size is None:
             more |= {"KV_BLOCK": 1 << 30, "Q_BLOCK": tile.q, "rows": -(-p.q_len // tile.q), "columns": 1}
         count = arguments["list_rows"] * kv_tiles * arguments["replicas"]
-        more |= {"KV_TILES": kv_tiles, "unsound": torch.zeros(count, dtype=torch.int32, device=call.device)}
-        function[(count,)](**arguments | more, CAREFUL=False)
-        function[(count,)](**arguments | more | {"num_stages": 1}, CAREFUL=True)
+        call.twice(function, (count,), arguments | more | {"KV_TILES": kv_tiles})
 
     call.run("backward_kv", launch)
     return _folded(d_key, call.tensors.key), _folded(d_value, call.tensors.value)

@@ -89,7 +89,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
 }
 # of the interpreter, which has no limits but time, and of the kernels that go through rows once and are not in the table
-EMULATED = Tile(32, 32, 4, 1)
+EMULATED = Tile(64, 64, 4, 1)
 
 
 def tile_for(kernel: str, problem: Problem, capability: tuple[int, int] | None) -> Tile:

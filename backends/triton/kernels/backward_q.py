@@ -1,4 +1,8 @@
-"""Backward: one program keeps a tile of query rows and walks the listed keys, for d query, in a fixed order."""
+"""Backward: one program keeps a tile of query rows and walks the listed keys, for d query, in a fixed order.
+
+A program whose result is not finite says so in `unsound`, and a second launch, CAREFUL, does those again, a few columns
+at a time and without the keys that are not finite: if one of them was allowed, its score has made the gradient NaN.
+"""
 import triton
 import triton.language as tl
 
@@ -11,7 +15,7 @@ NUMBERS = (
 
 @triton.jit(do_not_specialize=NUMBERS)
 def backward_q(
-    q, k, v, grad_out, saved_max, saved_sum, delta, d_query, errors,
+    q, k, v, grad_out, saved_max, saved_sum, delta, d_query, unsound, errors,
     offsets, indices, full_offsets, full_indices, order,
     q_b, q_h, q_row, q_column, k_b, k_h, k_row, k_column, v_b, v_h, v_row, v_column, g_b, g_h, g_row, g_column,
     scale: "fp64", kv_batch, q_heads, kv_heads, group, q_len, kv_len, rows, columns, mask_heads, list_rows, section, replicas,
@@ -19,8 +23,11 @@ def backward_q(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
-    CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, Q_TILES: tl.constexpr,
+    CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, Q_TILES: tl.constexpr, CAREFUL: tl.constexpr,
 ):
+    if CAREFUL:
+        if tl.load(unsound + tl.program_id(0)) == 0:
+            return
     flat, tile, row_of_blocks, b, h = place_of(
         tl.program_id(0), order, rows, section, list_rows, replicas, q_heads, mask_heads, Q_TILES, LISTS
     )
@@ -50,46 +57,7 @@ def backward_q(
     at, full_at, partial, full_count, interior = row_range(
         offsets, full_offsets, full_indices, flat, columns, kv_len % KV_BLOCK != 0, LISTS, KV_BLOCK % BLOCK_N == 0
     )
-    d_q = tl.zeros([BLOCK_M, HEAD_COLUMNS], real)
-    for it in range(0, interior * TILES):
-        block, full = listed(it, at, full_at, full_count, indices, full_indices, False, LISTS, TILES)
-        kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
-        inside = kv0 + kv_rows < kv_len
-        k_tile = load_rows(k_at + kv0.to(tl.int64) * k_row, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, False)
-        v_tile = load_rows(v_at + kv0.to(tl.int64) * v_row, kv_rows, v_row, v_column, inside, VALUE_COLUMNS, VALUE_DIM, False)
-        k_tile = k_tile.to(q_tile.dtype)
-        score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=real)
-        upward = tl.dot(g_tile, tl.trans(v_tile.to(g_tile.dtype)), input_precision=PRECISION, out_dtype=real)
-        weights, grad, _ = gradients(
-            score, upward, top, log_sum, less, scale, b, h, q_idx, (kv0 + kv_rows)[None, :],
-            rows_inside[:, None] & inside[None, :], full, errors,
-            # hole: arguments
-            False, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, False,
-        )
-        d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
-    for it in range(0, (full_count - interior + partial) * TILES):
-        block, full = listed(it, at, full_at + interior, full_count - interior, indices, full_indices, True, LISTS, TILES)
-        kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
-        inside = kv0 + kv_rows < tl.minimum((block + 1) * KV_BLOCK, kv_len)
-        k_tile = load_rows(k_at + kv0.to(tl.int64) * k_row, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, True)
-        v_tile = load_rows(v_at + kv0.to(tl.int64) * v_row, kv_rows, v_row, v_column, inside, VALUE_COLUMNS, VALUE_DIM, True)
-        k_tile = k_tile.to(q_tile.dtype)
-        score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=real)
-        upward = tl.dot(g_tile, tl.trans(v_tile.to(g_tile.dtype)), input_precision=PRECISION, out_dtype=real)
-        kv_idx = tl.minimum(kv0 + kv_rows, kv_len - 1)[None, :]
-        weights, grad, _ = gradients(
-            score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx,
-            rows_inside[:, None] & inside[None, :], full, errors,
-            # hole: arguments
-            True, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, False,
-        )
-        d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
-
-    unsound = any_of((d_q - d_q != 0) & rows_inside[:, None])
-    if unsound == 0:
-        put_rows(d_query, row, rows_inside, d_q * scale, 0, HEAD_COLUMNS, HEAD_DIM)
-    else:
-        # a number that is not finite may come from a masked key: once more, a few columns at a time, without those
+    if CAREFUL:
         for column in tl.range(0, HEAD_DIM, CHUNK, num_stages=1):
             few = column + tl.arange(0, CHUNK)
             part = tl.zeros([BLOCK_M, CHUNK], real)
@@ -112,3 +80,42 @@ def backward_q(
                 k_few = load_few(k_at, kv0 + kv_rows, few, k_row, k_column, inside, HEAD_DIM).to(q_tile.dtype)
                 part = tl.dot(grad.to(k_few.dtype), finite(k_few), part, input_precision=PRECISION, out_dtype=real)
             put_rows(d_query, row, rows_inside, part * scale, column, CHUNK, HEAD_DIM)
+    else:
+        d_q = tl.zeros([BLOCK_M, HEAD_COLUMNS], real)
+        for it in range(0, interior * TILES):
+            block, full = listed(it, at, full_at, full_count, indices, full_indices, False, LISTS, TILES)
+            kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
+            inside = kv0 + kv_rows < kv_len
+            k_tile = load_rows(k_at + kv0.to(tl.int64) * k_row, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, False)
+            v_tile = load_rows(v_at + kv0.to(tl.int64) * v_row, kv_rows, v_row, v_column, inside, VALUE_COLUMNS, VALUE_DIM, False)
+            k_tile = k_tile.to(q_tile.dtype)
+            score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=real)
+            upward = tl.dot(g_tile, tl.trans(v_tile.to(g_tile.dtype)), input_precision=PRECISION, out_dtype=real)
+            weights, grad, _ = gradients(
+                score, upward, top, log_sum, less, scale, b, h, q_idx, (kv0 + kv_rows)[None, :],
+                rows_inside[:, None] & inside[None, :], full, errors,
+                # hole: arguments
+                False, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+            )
+            d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
+        for it in range(0, (full_count - interior + partial) * TILES):
+            block, full = listed(it, at, full_at + interior, full_count - interior, indices, full_indices, True, LISTS, TILES)
+            kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
+            inside = kv0 + kv_rows < tl.minimum((block + 1) * KV_BLOCK, kv_len)
+            k_tile = load_rows(k_at + kv0.to(tl.int64) * k_row, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, True)
+            v_tile = load_rows(v_at + kv0.to(tl.int64) * v_row, kv_rows, v_row, v_column, inside, VALUE_COLUMNS, VALUE_DIM, True)
+            k_tile = k_tile.to(q_tile.dtype)
+            score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=real)
+            upward = tl.dot(g_tile, tl.trans(v_tile.to(g_tile.dtype)), input_precision=PRECISION, out_dtype=real)
+            kv_idx = tl.minimum(kv0 + kv_rows, kv_len - 1)[None, :]
+            weights, grad, _ = gradients(
+                score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx,
+                rows_inside[:, None] & inside[None, :], full, errors,
+                # hole: arguments
+                True, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+            )
+            d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
+
+        strange = any_of((d_q - d_q != 0) & rows_inside[:, None])
+        tl.store(unsound + tl.program_id(0), strange)
+        put_rows(d_query, row, rows_inside, d_q * scale, 0, HEAD_COLUMNS, HEAD_DIM)

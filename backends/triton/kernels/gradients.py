@@ -51,13 +51,6 @@ def gradients(
 
 
 @triton.jit
-def load_few(base, rows, columns, row_step, column_step, inside, WIDTH: tl.constexpr):
-    """Some columns of some rows; 0 where there are none."""
-    there = inside[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * row_step + columns[None, :] * column_step, mask=there, other=0.0)
-
-
-@triton.jit
 def put_rows(base, rows, inside, x, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     """Columns `column` and on of dense rows of WIDTH numbers."""
     columns = column + tl.arange(0, COLUMNS)

@@ -45,6 +45,13 @@ def load_rows(base, rows, row_step, column_step, inside, COLUMNS: tl.constexpr, 
 
 
 @triton.jit
+def load_few(base, rows, columns, row_step, column_step, inside, WIDTH: tl.constexpr):
+    """Some columns of some rows; 0 where there are none."""
+    there = inside[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * row_step + columns[None, :] * column_step, mask=there, other=0.0)
+
+
+@triton.jit
 def load_tile(
     base, descriptor, b, h, first, rows, row_step, column_step, inside,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr, TMA: tl.constexpr,
