@@ -88,6 +88,6 @@ def emulated() -> Backend:
     """The same kernels in Triton's interpreter, on CPU tensors."""
     import sys
 
-    from flexref.backends.triton.emulated import Emulated
+    from flexref.backends.triton.interpreter import Emulated
 
     return Emulated(sys.modules[__name__])

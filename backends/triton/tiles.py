@@ -99,12 +99,17 @@ def tile_for(kernel: str, problem: Problem, capability: tuple[int, int] | None) 
     """
     width = padded(max(problem.head_dim, problem.value_dim))
     options = dict(problem.options)
-    tile = EMULATED if capability is None or kernel not in TABLE else _tabled(kernel, capability, problem.dtype.itemsize, width)
+    tile = _emulated(kernel) if capability is None or kernel not in TABLE else _tabled(kernel, capability, problem.dtype.itemsize, width)
     q_block, kv_block = problem.block_size or (problem.q_len, problem.kv_len)
     q = int(options.get("q_tile") or min(tile.q, padded(min(q_block, _rows(kernel, problem)))))  # type: ignore[call-overload]
     kv = int(options.get("kv_tile") or min(tile.kv, padded(min(kv_block, problem.kv_len))))  # type: ignore[call-overload]
     warps = int(options.get("num_warps") or tile.warps)  # type: ignore[call-overload]
     return Tile(q, kv, warps, int(options.get("num_stages") or tile.stages))  # type: ignore[call-overload]
+
+
+def _emulated(kernel: str) -> Tile:
+    """Decoding has short tiles, so that short problems are split as well."""
+    return EMULATED._replace(kv=32) if kernel == "decode" else EMULATED
 
 
 def _rows(kernel: str, problem: Problem) -> int:
