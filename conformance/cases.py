@@ -20,7 +20,6 @@ from flexref.conformance.layouts import LAYOUTS, VALUES
 from flexref.conformance.mods import CAPTURES, FLOATS, make_mod, names_in
 from flexref.reference import ACC_DTYPE
 
-
 # of blocks smaller than any tile, each of which is a tile to an engine
 _FEW_BLOCKS = 4
 

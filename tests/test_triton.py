@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from triton_faults import FAULTS, PLAIN
 
 from flexref import create_block_mask, explain, flex_attention
 from flexref.arguments import prepare
@@ -118,7 +119,9 @@ class _With:
         return emulated.backward(self._problem(problem), tensors, *rest)
 
 
-@pytest.mark.parametrize("options", [{"tma": True}, {"q_tile": 16, "kv_tile": 32}, {"q_tile": 128, "kv_tile": 128}, {"splits": 3}])
+@pytest.mark.parametrize(
+    "options", [{"tma": True}, {"q_tile": 16, "kv_tile": 32}, {"q_tile": 128, "kv_tile": 128}, {"splits": 3}]
+)
 def test_options_change_no_result(options):
     for case in (
         Case(q_len=130, kv_len=150, head_dim=24, value_dim=32, mask="q_idx >= kv_idx", max_scores=True),
@@ -265,43 +268,10 @@ def test_a_read_is_checked_only_where_nothing_proves_it():
     run(query, key, value, lambda s, b, h, q, k: s + edge[k + 1], mask_mod=lambda b, h, q, k: k < 89)
 
 
-FAULTS = {
-    "tail mask off by one": ("forward", "(block + 1) * KV_BLOCK, kv_len)", "(block + 1) * KV_BLOCK, kv_len - 1)", {}),
-    "missing rescale": ("forward", "acc = acc * shrink[:, None]", "acc = acc * 1.0", dict(values="large", kv_len=150)),
-    "stale lse": ("parts", "tl.store(lse + row, top + log_sum", "tl.store(lse + row, top", {}),
-    "stale maximum": ("forward", "return weights, shrink, fresh,", "return weights, shrink, row_max,", dict(kv_len=150)),
-    "wrong kv head": ("forward", "kv_head = h if PACK else h // group", "kv_head = h if PACK else h % kv_heads", {}),
-    "dropped block": ("forward", "(full_count + partial) * TILES", "(full_count + partial - 1) * TILES", dict(mask="q_idx >= kv_idx")),
-    "swapped indices in mask_mod": (
-        "forward", "b, h, q_idx, kv_idx, allowed & (full == 0),", "b, h, kv_idx, q_idx, allowed & (full == 0),",
-        dict(mask="q_idx >= kv_idx", kv_len=33),
-    ),
-    "swapped indices in score_mod": (
-        "forward", "score, b, h, q_idx, kv_idx, allowed,", "score, b, h, kv_idx, q_idx, allowed,",
-        dict(score="score + 0.1 * (q_idx - 2 * kv_idx)", kv_len=33),
-    ),
-    "full blocks are asked": ("forward", "allowed & (mask | full)", "allowed & mask", dict(mask="q_idx < 0", blocks=Blocks((16, 16), by_hand=True))),
-    "the key head is given to mods": ("forward", "h_idx = head[:, None] if PACK else h", "h_idx = kv_head", dict(score="score * slope[h]")),
-    "masked NaN": ("forward", "tl.store(unsound + program, strange)", "tl.store(unsound + program, 0)", dict(values="holes", mask="q_idx >= kv_idx")),
-    "shares overlap": ("forward", "(split + 1) // splits", "(split + 2) // splits", dict(q_len=2, kv_len=250)),
-    "shares are not weighed": ("combine", "weight[:, None] * share", "share", dict(q_len=2, kv_len=250, values="large")),
-    "no row is empty": ("parts", "tl.where(row_sum == 0, 0.0, divide", "tl.where(row_sum < 0, 0.0, divide", dict(mask="kv_idx < q_idx - 3")),
-    "delta left out": ("gradients", "(upward.to(real) - delta)", "upward.to(real)", {}),
-    "no mask in backward": ("gradients", "allowed = allowed & (mask | full)", "allowed = allowed & (mask | True)", dict(mask="q_idx >= kv_idx")),
-    "dk misses the scale": ("backward_kv", "d_k * scale", "d_k", {}),
-    "dq misses the scale": ("backward_q", "d_q * scale", "d_q", {}),
-    "last block of queries dropped": ("backward_kv", "(tail + partial) * TILES", "(tail + partial - 1) * TILES", dict(mask="q_idx + 9 >= kv_idx")),
-    "weights lose the sum": ("gradients", "- log_sum)", ")", {}),
-    "masked NaN in backward": ("parts", "return tl.where(wide - wide == 0, x, tl.zeros_like(x))", "return x", dict(values="holes", mask="q_idx >= kv_idx")),
-    "captured gradient of one kv": ("mods", "# hole: d_captured", "# hole: d_captured\n        tl.store(a0, 0.0)", dict(score="score * gain")),
-}  # fmt: skip
-_PLAIN = Case(q_len=37, kv_len=70, batch=2, kv_heads=2, group=2, head_dim=8, value_dim=5, wants=ALL)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_fails_the_suite(fault, monkeypatch):
     file, old, new, changes = FAULTS[fault]
-    case = _PLAIN.but(**changes)
+    case = PLAIN.but(**changes)
     assert old in kernels_for.source(file), "the fault no longer fits the kernel"
     original = kernels_for.source
     check_case(emulated, case)
@@ -338,8 +308,12 @@ def test_every_operation_means_what_it_says(op):
         graph = builder.graph({"out": score.position})
         tensors = [torch.tensor(column) for column in columns]
         got = _scores_of(graph, tensors)
-        wanted = evaluate(graph, {"kv_idx": torch.arange(14)}, lambda i, node, at: tensors[int(node.attr)][at[0]], None, torch.float32)
+        wanted = evaluate(graph, {"kv_idx": torch.arange(14)}, _reader(tensors), None, torch.float32)
         torch.testing.assert_close(got, wanted[dict(graph.outputs)["out"]].float(), rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+def _reader(tensors):
+    return lambda position, node, indices: tensors[int(node.attr)][indices[0]]
 
 
 def _argument(op, values, i):

@@ -1,6 +1,6 @@
 """Run by test_triton_ahead.py in processes of their own: what the Triton engine's kernels become for GPUs that are not here.
 
-`triton_ahead.py report ARCH DTYPE DIM` prints a JSON list of reports; `triton_ahead.py builds` counts builds.
+`triton_ahead.py report ARCH DTYPE DIM [KIND ...]` prints a JSON list of reports; `triton_ahead.py builds` counts builds.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ def problem(kind: str, dtype: torch.dtype, dim: int, q_len: int = LENGTH, gradie
     return prepare(query, key, value, score_mod, mask)
 
 
-def report(arch: str, dtype: str, dim: str) -> list[dict]:
+KINDS = ("plain", "soft-cap, ALiBi", "documents")
+
+
+def report(arch: str, dtype: str, dim: str, *kinds: str) -> list[dict]:
     found = []
-    for kind in ("plain", "soft-cap, ALiBi", "documents"):
+    for kind in kinds or KINDS:
         target = int(arch) if arch.isdigit() else arch
         reports = compiled(*problem(kind, getattr(torch, dtype), int(dim)), target, backward=True)
         reports += compiled(*problem(kind, getattr(torch, dtype), int(dim), q_len=1, gradients=False), target)

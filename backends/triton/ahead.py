@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from flexref.backends.triton import launch, launch_backward
 from flexref.backends.triton.call import Call
 from flexref.backends.triton.tiles import Tile
-from flexref.problem import Output, Problem, Tensors
+from flexref.problem import Problem, Tensors
 
 
 class Report(NamedTuple):

@@ -19,6 +19,7 @@ from flexref.backends.triton import OLDEST, launch, launch_backward, tiles
 from flexref.backends.triton.call import Call
 from flexref.problem import Problem, Tensors
 
+Clock = Callable[[Callable[[], object]], float]
 KERNELS = ("forward", "backward_kv", "backward_q", "decode")
 
 
@@ -30,7 +31,7 @@ def candidates(kernel: str) -> Iterator[tiles.Tile]:
             yield tiles.Tile(q, kv, warps, stages)
 
 
-def tune(problem: Problem, tensors: Tensors, time_of: Callable[[Callable[[], object]], float], capability: tuple[int, int]) -> dict:
+def tune(problem: Problem, tensors: Tensors, time_of: Clock, capability: tuple[int, int]) -> dict:
     """The best tile of each kernel for one problem, as a FLEXREF_TILES file has it: {"tiles": {key: {tile, seconds}}}.
 
     `time_of(call)` gives seconds; a tile that does not fit, or that Triton cannot compile, is left out.
@@ -96,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST:
         print("tune: there is no CUDA GPU of compute capability 8.0 or later to measure on.", file=sys.stderr)
         return 1
-    kept = json.loads(options.json.read_text()) if options.json.exists() else {"tiles": {}}
-    kept["gpu"], kept["torch"] = torch.cuda.get_device_name(), torch.__version__
+    kept: dict = json.loads(options.json.read_text()) if options.json.exists() else {"tiles": {}}
+    kept |= {"gpu": torch.cuda.get_device_name(), "torch": str(torch.__version__)}
     for dtype, dim, length in itertools.product(options.dtype, options.head_dim, (options.length, 1)):
         problem, tensors = plain_problem(getattr(torch, dtype), dim, options.heads, length, options.length, "cuda")
         kept["tiles"] |= tune(problem, tensors, gpu_seconds, torch.cuda.get_device_capability())["tiles"]
