@@ -494,7 +494,7 @@ def test_what_an_index_does_not_depend_on_is_summed_up_first():
         lines = scatter_lines(derivative, position, "x", "d", captures)
         assert lines[-1].startswith("tl.atomic_add(a0 + (") and len(lines) == 2 + bool(reductions)
         assert not reductions or reductions.format(position) in lines[1]
-    assert depends(derivative, position) >= {"score"}
+    assert depends(derivative)[position] >= {"score"}
 
 
 def test_every_operation_is_spelled_in_every_type():

@@ -87,8 +87,9 @@ def _arguments(call: Call, output: Output, grad_out: Tensor, grad_lse: Tensor | 
 def _delta(call: Call, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     p = call.problem
     result = torch.empty_like(output.lse)
+    grad_lse = None if grad_lse is None else plain(grad_lse).contiguous()
     arguments = {
-        "out": output.out.contiguous(), "grad_out": grad_out, "grad_lse": None if grad_lse is None else plain(grad_lse).contiguous(),
+        "out": output.out.contiguous(), "grad_out": grad_out, "grad_lse": grad_lse,
         "result": result, **strides(grad_out, "g"), "q_heads": p.q_heads, "q_len": p.q_len, "BLOCK_M": 32,
         "count": result.numel(),
         "VALUE_DIM": p.value_dim, "VALUE_COLUMNS": padded(p.value_dim), "HAS_LSE": grad_lse is not None,
