@@ -1,0 +1,177 @@
+// out, lse and what backward wants, for one tile of query rows of one head (PACKED: of all heads that share a key head).
+//
+// The walk is software-pipelined over STAGES buffers of keys and values; softmax is online. If a result is not finite the
+// tile is walked once more, carefully: then masked values are left out instead of being multiplied by 0 (R4).
+#include "prelude.cuh"
+
+struct Stage {
+    T k[tile_size<COLS, E_PAD>()];
+    T v[tile_size<COLS, V_PAD>()];
+};
+struct alignas(128) Shared {
+    T q[tile_size<ROWS, E_PAD>()];
+    Stage stages[STAGES];
+    T kept[USES_KEPT ? tile_size<ROWS, COLS>() : 1];
+};
+static_assert(sizeof(Shared) == SHARED_BYTES, "launch.py and this layout disagree");
+
+struct Row {
+    int h, q;
+};
+// the query head and position of a row of the tile
+DEVICE Row query_row(const Params& p, const Task& task, int row) {
+    const int at = task.first + row;
+    if (!PACKED) return {task.h, at};
+    return {(int)(task.h * p.group + at / p.q_len), (int)(at % p.q_len)};
+}
+
+// Scores of one tile become those of score_mod, or -inf where a position is masked.
+template <bool PLAIN>
+DEVICE void modify(const Params& p, const Task& task, const Tile& tile, real scale, real (&s)[TR][TC], int& wrong) {
+#pragma unroll
+    for (int c = 0; c < TC; ++c) {
+        const int at = PLAIN ? tile.first + col_of(c) : position(p, tile, col_of(c)), kv = at < 0 ? 0 : at;
+#pragma unroll
+        for (int r = 0; r < TR; ++r) {
+            const bool there = PLAIN || (at >= 0 && row_of(r) < task.count);
+            const Row row = query_row(p, task, PLAIN || row_of(r) < task.count ? row_of(r) : 0);
+            bool allowed = there;
+            if (!PLAIN && tile.ask) allowed = mask_mod(p, task.b, row.h, row.q, kv, there, wrong) && there;
+            const real score = score_mod(p, s[r][c] * scale, task.b, row.h, row.q, kv, allowed, wrong);
+            s[r][c] = allowed ? score : -INFINITE;
+        }
+    }
+}
+
+// Scores become weights against the new maximum; what was summed before shrinks with it. Careful: -1 where masked.
+DEVICE void soften(real (&s)[TR][TC], real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][held<V_PAD>()], bool careful) {
+#pragma unroll
+    for (int r = 0; r < TR; ++r) {
+        real top = row_max[r];
+#pragma unroll
+        for (int c = 0; c < TC; ++c) top = s[r][c] > top ? s[r][c] : top;
+        top = row_max_of(top);
+        const real base = top == -INFINITE ? (real)0 : top, shrink = power(row_max[r], base);
+        row_max[r] = top;
+        real sum = 0;
+#pragma unroll
+        for (int c = 0; c < TC; ++c) {
+            const real weight = power(s[r][c], base);
+            sum += weight;
+            s[r][c] = careful && s[r][c] == -INFINITE ? (real)-1 : weight;
+        }
+        row_sum[r] = row_sum[r] * shrink + sum;
+#pragma unroll
+        for (int j = 0; j < held<V_PAD>(); ++j) o[r][j] *= shrink;
+    }
+}
+
+DEVICE void load_stage(const Params& p, const Walk& walk, long long item, long long k_at, long long v_at, Stage& stage) {
+    const Tile tile = tile_of(p, walk, item);
+    load_tile<COLS, E_PAD>(stage.k, p.k, K{}, (int)p.head_dim, [&](int row) {
+        const int at = position(p, tile, row);
+        return at < 0 ? -1ll : k_at + at * p.k.row;
+    });
+    load_tile<COLS, V_PAD>(stage.v, p.v, V{}, (int)p.value_dim, [&](int row) {
+        const int at = position(p, tile, row);
+        return at < 0 ? -1ll : v_at + at * p.v.row;
+    });
+}
+
+// Divide by the sum and write: rows of out, lse, max_scores, and what backward wants; or, of a split, what combine wants.
+DEVICE void write(
+    const Params& p, const Task& task, long long id, real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][held<V_PAD>()]) {
+#pragma unroll
+    for (int r = 0; r < TR; ++r) {
+        if (row_of(r) >= task.count) continue;
+        const Row row = query_row(p, task, row_of(r));
+        const long long at = (task.b * p.q_heads + row.h) * p.q_len + row.q;
+        if (SPLIT) {
+            // of each query row: its splits, each row_max, row_sum and the unfinished out
+            real* to = (real*)p.partial + (at * p.splits + task.split) * (2 + p.value_dim);
+            if (depth_of(0) == 0) to[0] = row_max[r], to[1] = row_sum[r];
+#pragma unroll
+            for (int j = 0; j < held<V_PAD>(); ++j)
+                if (depth_of(j) < p.value_dim) to[2 + depth_of(j)] = o[r][j];
+            continue;
+        }
+        const real inverse = row_sum[r] == 0 ? (real)0 : (real)1 / row_sum[r];
+        Q* to = (Q*)p.o.at + task.b * p.o.b + row.h * p.o.h + row.q * p.o.row;
+#pragma unroll
+        for (int j = 0; j < held<V_PAD>(); ++j)
+            if (depth_of(j) < p.value_dim) narrow(to[depth_of(j) * p.o.col], o[r][j] * inverse);
+        if (depth_of(0) == 0) write_statistics(p, at, row_max[r], row_sum[r]);
+    }
+}
+
+KERNEL __launch_bounds__(THREADS) forward(PARAMETERS) {
+    Shared& shared = *(Shared*)shared_memory();
+    const Task task = task_of(p, blockIdx.x, (int)p.batch, (int)(PACKED ? p.kv_heads : p.q_heads));
+    if (task.count <= 0) return;
+    const int kv_head = PACKED ? task.h : (int)(task.h / p.group);
+    const long long k_at = task.b * p.k.b + kv_head * p.k.h, v_at = task.b * p.v.b + kv_head * p.v.h;
+    const Walk walk = walk_of(p, task.b, task.h, task.row);
+    const long long begin = walk.tiles * task.split / p.splits, end = walk.tiles * (task.split + 1) / p.splits;
+    // without a score_mod, scores are powers of two from the start
+    const real scale = HAS_SCORE ? (real)p.scale : (real)p.scale * LOG2E;
+    const bool idle = first_row_of_warp() >= task.count;
+    int wrong = 0;
+    real row_max[TR], row_sum[TR], o[TR][held<V_PAD>()];
+    load_tile<ROWS, E_PAD>(shared.q, p.q, Q{}, (int)p.head_dim, [&](int row) {
+        if (row >= task.count) return -1ll;
+        const Row at = query_row(p, task, row);
+        return task.b * p.q.b + at.h * p.q.h + at.q * p.q.row;
+    });
+    for (int careful = 0; careful < 2; ++careful) {
+#pragma unroll
+        for (int r = 0; r < TR; ++r) {
+            row_max[r] = -INFINITE;
+            row_sum[r] = 0;
+#pragma unroll
+            for (int j = 0; j < held<V_PAD>(); ++j) o[r][j] = 0;
+        }
+        for (int ahead = 0; ahead < STAGES - 1; ++ahead) {
+            if (begin + ahead < end) load_stage(p, walk, begin + ahead, k_at, v_at, shared.stages[ahead]);
+            copy_commit();
+        }
+        for (long long item = begin; item < end; ++item) {
+            Stage& stage = shared.stages[(item - begin) % STAGES];
+            if (STAGES == 1) {
+                barrier();
+                load_stage(p, walk, item, k_at, v_at, stage);
+                copy_commit();
+            }
+            copy_wait<(STAGES > 2 ? STAGES - 2 : 0)>();
+            barrier();
+            if (STAGES > 1) {
+                const long long next = item + STAGES - 1;
+                if (next < end) load_stage(p, walk, next, k_at, v_at, shared.stages[(next - begin) % STAGES]);
+                copy_commit();
+            }
+            if (idle) continue;
+            const Tile tile = tile_of(p, walk, item);
+            real s[TR][TC] = {};
+            product_nt<E_PAD>(s, shared.q, stage.k);
+            if (!GATHER && !tile.ask && tile.count == COLS && task.count == ROWS)
+                modify<true>(p, task, tile, scale, s, wrong);
+            else
+                modify<false>(p, task, tile, scale, s, wrong);
+            soften(s, row_max, row_sum, o, careful);
+            if (careful)
+                careful_nn<V_PAD>(o, s, stage.v, shared.kept, [](real x) { return x < 0; });
+            else
+                product_nn<V_PAD>(o, s, stage.v, shared.kept);
+        }
+        bool strange = false;
+#pragma unroll
+        for (int r = 0; r < TR; ++r) {
+            row_sum[r] = row_sum_of(row_sum[r]);
+#pragma unroll
+            for (int j = 0; j < held<V_PAD>(); ++j) strange |= !(o[r][j] - o[r][j] == 0);
+        }
+        copy_wait<0>();
+        if (!any_thread(strange)) break;
+    }
+    write(p, task, blockIdx.x, row_max, row_sum, o);
+    if (CHECKED && wrong) *p.wrong = 1;
+}
