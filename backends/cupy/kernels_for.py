@@ -92,7 +92,7 @@ def _constants(problem: Problem, variant: Variant) -> list[str]:
         "SPLIT": variant.split,
         "USES_KEPT": not tensor_cores,
         "OWN_HEADS_ARE_THE_MASKS": "LISTS_OF_QUERIES" not in variant.flags,
-        **{flag: True for flag in variant.flags},
+        **{flag: flag in variant.flags for flag in ("DQ", "DK", "DV", "CAPTURED", "ORDERED", "FROM_SUM")},
     }
     real = "double" if problem.acc_dtype == torch.float64 else "float"
     types = {"real": real, "Q": _TYPES[problem.dtype], "K": _TYPES[problem.key_dtype], "V": _TYPES[problem.value_dtype]}

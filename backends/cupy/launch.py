@@ -15,6 +15,10 @@ from flexref.index_proof import proved_in_range
 from flexref.problem import Gradients, Output, Problem, Tensors
 
 
+# how much memory accumulators of their own may take for thread blocks that add in order
+_ORDERED_BYTES = 1 << 28
+
+
 def forward(problem: Problem, tensors: Tensors, machine) -> Output:
     """out (B, Hq, L, Ev), lse and max_scores (B, Hq, L). Raises IndexError for a captured index out of range."""
     shape = (problem.batch, problem.q_heads, problem.q_len)
@@ -50,6 +54,80 @@ def forward(problem: Problem, tensors: Tensors, machine) -> Output:
         _kernel("combine", problem, variant, machine)(-(-rows // (plan.THREADS // 32)), 0, call.words)
     call.raise_if_wrong()
     return Output(out, lse, max_scores, saved)
+
+
+def backward(
+    problem: Problem, tensors: Tensors, output: Output, grad_out: Tensor, grad_lse: Tensor | None, machine
+) -> Gradients:
+    """A gradient, in its tensor's dtype and stride order, for each input that needs one."""
+    inputs = (tensors.query, tensors.key, tensors.value)
+    if 0 in (problem.batch, problem.q_len, problem.kv_len):
+        pairs = zip(inputs, problem.needs_grad, strict=True)
+        d_query, d_key, d_value = (torch.zeros_like(x) if need else None for x, need in pairs)
+        pairs = zip(tensors.captured, problem.captures, strict=True)
+        zeros = tuple(torch.zeros_like(t) if c.needs_grad else None for t, c in pairs)
+        return Gradients(d_query, d_key, d_value, zeros)
+    results = [ordered_empty(x, x.shape) if need else None for x, need in zip(inputs, problem.needs_grad, strict=True)]
+    call = Call(problem, tensors)
+    call.place("o", output.out)
+    call.place("g", grad_out)
+    for name, x in zip(("dq", "dk", "dv"), results, strict=True):
+        if x is not None:
+            call.place(name, x)
+    delta = torch.empty_like(output.lse)
+    call.point(row_max=output.saved[0], log_sum=output.saved[1], delta=delta)
+    call.point(lse_grad=None if grad_lse is None else grad_lse.contiguous())
+    tiles = plan.backward_tiles(problem, machine.shared_limit)
+    variant = Variant(tiles, 0, call.checked)
+    _kernel("delta", problem, variant, machine)(-(-delta.numel() // (plan.THREADS // 32)), 0, call.words)
+    flags = [name for name, need in zip(("DK", "DV"), problem.needs_grad[1:], strict=True) if need]
+    captured = any(c.needs_grad for c in problem.captures)
+    # with the keys' gradients at hand, query's costs one product more instead of three
+    summed = problem.needs_grad[0] and bool(flags) and not problem.deterministic
+    if summed:
+        flags.append("DQ")
+        call.point(dq_sum=torch.zeros(*delta.shape, problem.head_dim, dtype=problem.acc_dtype, device=delta.device))
+    totals = None
+    if captured:
+        flags += ["CAPTURED", "ORDERED"] if problem.deterministic else ["CAPTURED"]
+    if flags:
+        totals = _walk_queries(call, tiles, tuple(flags), machine)
+    if problem.needs_grad[0]:
+        tasks = call.walk_keys(tiles)
+        size = plan.query_bytes(problem, tiles)
+        variant = Variant(tiles, size, call.checked, flags=("FROM_SUM",) if summed else ())
+        _kernel("backward_query", problem, variant, machine)(tasks, size, call.words)
+    return Gradients(results[0], results[1], results[2], _captured_gradients(problem, tensors, totals))
+
+
+def _walk_queries(call: Call, tiles: plan.Tiles, flags: tuple[str, ...], machine) -> Tensor | None:
+    """Launch backward_key for what is wanted; float64 accumulators of captured gradients (copies, elements), if any."""
+    problem, tasks = call.problem, call.walk_queries(tiles)
+    blocks, totals = tasks, None
+    size = kernels_for.accumulator_starts(problem.captures)[-1]
+    if "CAPTURED" in flags:
+        ordered = "ORDERED" in flags
+        blocks = min(tasks, machine.processors, max(1, _ORDERED_BYTES // (8 * max(size, 1)))) if ordered else tasks
+        copies = blocks if ordered else 1
+        totals = torch.zeros(copies, max(size, 1), dtype=torch.float64, device=call.tensors.query.device)
+        call.point(accumulators=totals)
+        call.number(accumulators_step=totals.shape[1] if ordered else 0)
+    shared = plan.key_bytes(problem, tiles)
+    for wanted in plan.key_passes(problem, flags):
+        variant = Variant(tiles, shared, call.checked, flags=("LISTS_OF_QUERIES", *wanted))
+        _kernel("backward_key", problem, variant, machine)(blocks, shared, call.words)
+    return totals
+
+
+def _captured_gradients(problem: Problem, tensors: Tensors, totals: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradient of each captured tensor that needs one, in its own dtype and device."""
+    if totals is None:
+        return tuple(None for _ in problem.captures)
+    starts, sums = kernels_for.accumulator_starts(problem.captures), totals.sum(0)
+    pairs = zip(tensors.captured, problem.captures, starts, strict=False)
+    return tuple(
+        sums[start : start + t.numel()].view(t.shape).to(t.device, t.dtype) if c.needs_grad else None for t, c, start in pairs
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -151,6 +229,19 @@ class Call:
         self.number(own_len=own_len, own_block=own_block, list_len=p.kv_len)
         self.number(list_block=p.block_size[1] if p.block_size else p.kv_len)
         return self._tasks(rows, min(own_block, own_len), tiles, p.batch, p.kv_heads if packed else p.q_heads)
+
+    def walk_queries(self, tiles: plan.Tiles) -> int:
+        """Tiles of keys that walk the lists of query blocks; how many tasks that is."""
+        p, mask = self.problem, self.tensors.block_mask
+        own_block = p.kv_len if p.block_size is None else p.block_size[1]
+        columns = -(-p.kv_len // own_block)
+        self._lists(None if mask is None else mask.csc, columns)
+        self.point(order=mask.column_order if mask is not None and mask.B * mask.H == 1 else None)
+        self.number(own_len=p.kv_len, own_block=own_block, list_len=p.q_len)
+        self.number(list_block=p.block_size[0] if p.block_size else p.q_len)
+        tasks = self._tasks(columns, min(own_block, p.kv_len), tiles, p.kv_batch, p.kv_heads)
+        self.number(tasks=tasks)
+        return tasks
 
     def _lists(self, lists, rows: int) -> None:
         mask = self.tensors.block_mask

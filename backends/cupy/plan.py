@@ -86,6 +86,50 @@ def _first_that_fits(problem: Problem, choices: list[Tiles], size, limit: int) -
     raise ValueError(f"no tile fits the {limit} bytes of shared memory of this GPU; choose a smaller q_tile or kv_tile.")
 
 
+def backward_tiles(problem: Problem, limit: int = SHARED_LIMIT) -> Tiles:
+    """The tile of both backward kernels: rows stay, columns go by."""
+    wide = max(padded(problem.head_dim), padded(problem.value_dim))
+    if on_tensor_cores(problem):
+        choices = [Tiles(64, 64 if wide <= 128 else 32, 2), Tiles(64, 32, 2), Tiles(64, 32, 1)]
+    elif problem.dtype == torch.float32:
+        choices = [Tiles(64, 32, 2), Tiles(64, 32, 1)] if wide <= 128 else []
+        choices += [Tiles(32, 32, 1), Tiles(16, 16, 1)]
+    else:
+        choices = [Tiles(32, 32, 2)] if wide <= 64 else []
+        choices += [Tiles(32, 32, 1)] if wide <= 128 else []
+        choices += [Tiles(16, 16, 1)]
+    for tiles in choices:
+        if key_bytes(problem, tiles) <= limit:
+            return tiles
+    raise ValueError(f"no backward tile fits the {limit} bytes of shared memory of this GPU.")
+
+
+def key_bytes(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of backward_key, as its `Shared` lays it out; that of backward_query is less."""
+    e, v = padded(problem.head_dim), padded(problem.value_dim)
+    stage = tile_bytes(problem, tiles.cols, e) + tile_bytes(problem, tiles.cols, v)
+    stage += 3 * tiles.cols * problem.acc_dtype.itemsize
+    own = tile_bytes(problem, tiles.rows, e) + tile_bytes(problem, tiles.rows, v)
+    return _whole(own + tile_bytes(problem, tiles.rows, tiles.cols) + tiles.stages * stage)
+
+
+def query_bytes(problem: Problem, tiles: Tiles) -> int:
+    """Shared memory of backward_query."""
+    e, v = padded(problem.head_dim), padded(problem.value_dim)
+    stage = tile_bytes(problem, tiles.cols, e) + tile_bytes(problem, tiles.cols, v)
+    own = tile_bytes(problem, tiles.rows, e) + tile_bytes(problem, tiles.rows, v)
+    kept = element_bytes(problem) if on_tensor_cores(problem) else tile_bytes(problem, tiles.rows, tiles.cols)
+    return _whole(own + tiles.stages * stage + kept)
+
+
+def key_passes(problem: Problem, flags: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The launches of backward_key for what is wanted: wide heads have no registers for d key and d value together."""
+    wide = padded(problem.head_dim) + padded(problem.value_dim) > 256
+    if wide and on_tensor_cores(problem) and "DV" in flags and len(flags) > 1:
+        return [("DV",), tuple(flag for flag in flags if flag != "DV")]
+    return [flags] if flags else []
+
+
 def packed(problem: Problem, mask_heads: int) -> bool:
     """Whether the query heads that share a key head are rows of one tile, as in decoding."""
     one_row = problem.block_size is None or problem.q_len <= problem.block_size[0]

@@ -10,7 +10,7 @@ constexpr int TC = COLS / 8;
 constexpr int ROW_LANES = 8;
 constexpr int VEC = 16 / (int)sizeof(T);  // numbers of 16 bytes
 constexpr int PAD = VEC;                  // keeps rows that are read together in different banks
-template <int D> constexpr int held() { return D / 8; }
+template <int D> constexpr int HELD = D / 8;
 
 DEVICE int tx() { return threadIdx.x & 7; }
 DEVICE int ty() { return threadIdx.x >> 3; }
@@ -19,7 +19,7 @@ DEVICE int col_of(int c) { return tx() + 8 * c; }
 DEVICE int first_row_of_warp() { return 0; }  // every warp has rows from top to bottom
 DEVICE int depth_of(int j) { return (j / VEC) * 8 * VEC + tx() * VEC + j % VEC; }
 
-template <int N, int D> constexpr int tile_size() { return N * (D + PAD); }
+template <int N, int D> constexpr int TILE_SIZE = N * (D + PAD);
 template <int D> DEVICE T element(const T* tile, int row, int depth) { return tile[row * (D + PAD) + depth]; }
 
 // Copy N rows of `width` numbers of type S into shared memory, padded to D with zeros; see mma.cuh.

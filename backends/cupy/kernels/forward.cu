@@ -5,13 +5,13 @@
 #include "prelude.cuh"
 
 struct Stage {
-    T k[tile_size<COLS, E_PAD>()];
-    T v[tile_size<COLS, V_PAD>()];
+    T k[TILE_SIZE<COLS, E_PAD>];
+    T v[TILE_SIZE<COLS, V_PAD>];
 };
 struct alignas(128) Shared {
-    T q[tile_size<ROWS, E_PAD>()];
+    T q[TILE_SIZE<ROWS, E_PAD>];
     Stage stages[STAGES];
-    T kept[USES_KEPT ? tile_size<ROWS, COLS>() : 1];
+    T kept[USES_KEPT ? TILE_SIZE<ROWS, COLS> : 1];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "launch.py and this layout disagree");
 
@@ -44,7 +44,7 @@ DEVICE void modify(const Params& p, const Task& task, const Tile& tile, real sca
 }
 
 // Scores become weights against the new maximum; what was summed before shrinks with it. Careful: -1 where masked.
-DEVICE void soften(real (&s)[TR][TC], real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][held<V_PAD>()], bool careful) {
+DEVICE void soften(real (&s)[TR][TC], real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][HELD<V_PAD>], bool careful) {
 #pragma unroll
     for (int r = 0; r < TR; ++r) {
         real top = row_max[r];
@@ -62,7 +62,7 @@ DEVICE void soften(real (&s)[TR][TC], real (&row_max)[TR], real (&row_sum)[TR], 
         }
         row_sum[r] = row_sum[r] * shrink + sum;
 #pragma unroll
-        for (int j = 0; j < held<V_PAD>(); ++j) o[r][j] *= shrink;
+        for (int j = 0; j < HELD<V_PAD>; ++j) o[r][j] *= shrink;
     }
 }
 
@@ -80,7 +80,7 @@ DEVICE void load_stage(const Params& p, const Walk& walk, long long item, long l
 
 // Divide by the sum and write: rows of out, lse, max_scores, and what backward wants; or, of a split, what combine wants.
 DEVICE void write(
-    const Params& p, const Task& task, long long id, real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][held<V_PAD>()]) {
+    const Params& p, const Task& task, long long id, real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][HELD<V_PAD>]) {
 #pragma unroll
     for (int r = 0; r < TR; ++r) {
         if (row_of(r) >= task.count) continue;
@@ -91,20 +91,20 @@ DEVICE void write(
             real* to = (real*)p.partial + (at * p.splits + task.split) * (2 + p.value_dim);
             if (depth_of(0) == 0) to[0] = row_max[r], to[1] = row_sum[r];
 #pragma unroll
-            for (int j = 0; j < held<V_PAD>(); ++j)
+            for (int j = 0; j < HELD<V_PAD>; ++j)
                 if (depth_of(j) < p.value_dim) to[2 + depth_of(j)] = o[r][j];
             continue;
         }
         const real inverse = row_sum[r] == 0 ? (real)0 : (real)1 / row_sum[r];
         Q* to = (Q*)p.o.at + task.b * p.o.b + row.h * p.o.h + row.q * p.o.row;
 #pragma unroll
-        for (int j = 0; j < held<V_PAD>(); ++j)
+        for (int j = 0; j < HELD<V_PAD>; ++j)
             if (depth_of(j) < p.value_dim) narrow(to[depth_of(j) * p.o.col], o[r][j] * inverse);
         if (depth_of(0) == 0) write_statistics(p, at, row_max[r], row_sum[r]);
     }
 }
 
-KERNEL __launch_bounds__(THREADS) forward(PARAMETERS) {
+KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
     Shared& shared = *(Shared*)shared_memory();
     const Task task = task_of(p, blockIdx.x, (int)p.batch, (int)(PACKED ? p.kv_heads : p.q_heads));
     if (task.count <= 0) return;
@@ -116,7 +116,7 @@ KERNEL __launch_bounds__(THREADS) forward(PARAMETERS) {
     const real scale = HAS_SCORE ? (real)p.scale : (real)p.scale * LOG2E;
     const bool idle = first_row_of_warp() >= task.count;
     int wrong = 0;
-    real row_max[TR], row_sum[TR], o[TR][held<V_PAD>()];
+    real row_max[TR], row_sum[TR], o[TR][HELD<V_PAD>];
     load_tile<ROWS, E_PAD>(shared.q, p.q, Q{}, (int)p.head_dim, [&](int row) {
         if (row >= task.count) return -1ll;
         const Row at = query_row(p, task, row);
@@ -128,7 +128,7 @@ KERNEL __launch_bounds__(THREADS) forward(PARAMETERS) {
             row_max[r] = -INFINITE;
             row_sum[r] = 0;
 #pragma unroll
-            for (int j = 0; j < held<V_PAD>(); ++j) o[r][j] = 0;
+            for (int j = 0; j < HELD<V_PAD>; ++j) o[r][j] = 0;
         }
         for (int ahead = 0; ahead < STAGES - 1; ++ahead) {
             if (begin + ahead < end) load_stage(p, walk, begin + ahead, k_at, v_at, shared.stages[ahead]);
@@ -167,7 +167,7 @@ KERNEL __launch_bounds__(THREADS) forward(PARAMETERS) {
         for (int r = 0; r < TR; ++r) {
             row_sum[r] = row_sum_of(row_sum[r]);
 #pragma unroll
-            for (int j = 0; j < held<V_PAD>(); ++j) strange |= !(o[r][j] - o[r][j] == 0);
+            for (int j = 0; j < HELD<V_PAD>; ++j) strange |= !(o[r][j] - o[r][j] == 0);
         }
         copy_wait<0>();
         if (!any_thread(strange)) break;

@@ -12,7 +12,7 @@ constexpr int SLABS = ROWS / 64;
 constexpr int TR = 2 * SLABS;  // rows that a thread holds
 constexpr int TC = COLS / 4;   // columns that it holds
 constexpr int ROW_LANES = 4;   // lanes that share a row
-template <int D> constexpr int held() { return D / 4; }  // columns that it holds of a (ROWS, D) result
+template <int D> constexpr int HELD = D / 4;  // columns that it holds of a (ROWS, D) result
 
 DEVICE int lane() { return threadIdx.x & 31; }
 DEVICE int warp() { return threadIdx.x >> 5; }
@@ -23,7 +23,7 @@ DEVICE int first_row_of_warp() { return warp() * SLABS * 16; }
 DEVICE int depth_of(int j) { return col_of(j); }
 
 // how many numbers of shared memory a tile of N rows takes
-template <int N, int D> constexpr int tile_size() { return N * D; }
+template <int N, int D> constexpr int TILE_SIZE = N * D;
 
 // Where 16-byte chunk `chunk` of a row of D numbers lies. Eight rows that are read together fall into different banks.
 template <int D> DEVICE int swizzled(int row, int chunk) {

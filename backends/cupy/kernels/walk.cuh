@@ -34,7 +34,7 @@ DEVICE Task task_of(const Params& p, long long id, int batches, int heads) {
     const long long mask_batch = by_head ? p.mask_batch : 1, mask_heads = by_head ? p.mask_heads : 1;
     const long long rows = mask_batch * mask_heads * p.mask_rows;
     const long long at = id % rows, others = id / rows;
-    const long long flat = p.order ? p.order[at] : rows - 1 - at;
+    const long long flat = p.order ? p.order[at] : by_head ? rows - 1 - at : at;
     const long long spread = heads / mask_heads;
     task.row = (int)(flat % p.mask_rows);
     task.h = (int)(mask_heads > 1 ? flat / p.mask_rows % mask_heads : others % spread);
