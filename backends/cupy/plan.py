@@ -15,6 +15,10 @@ SHARED_LIMIT = 163 * 1024
 SHORT = 16
 
 
+# Task and Walk of walk.cuh, a batch and a head
+_TASK_BYTES = 64
+
+
 @dataclass(frozen=True)
 class Tiles:
     """One kernel's tile: ROWS of its own positions, COLS of the others at a time, STAGES buffers of those."""
@@ -61,8 +65,9 @@ def forward_tiles(problem: Problem, limit: int = SHARED_LIMIT) -> Tiles:
     wide = max(padded(problem.head_dim), padded(problem.value_dim))
     short = problem.q_len * problem.group <= 64
     if on_tensor_cores(problem):
-        rows = 64 if wide > 128 or short else 128
-        choices = [Tiles(rows, 64 if wide <= 128 else 32, 2), Tiles(64, 32, 2), Tiles(64, 32, 1)]
+        choices = [Tiles(128, 32, 4)] if wide <= 128 and not short else []
+        choices += [Tiles(64, 64, 2)] if wide <= 128 else []
+        choices += [Tiles(64, 32, 2), Tiles(64, 32, 1)]
     elif problem.dtype == torch.float32:
         choices = [Tiles(64, 32, 2)] if wide <= 128 else []
         choices += [Tiles(32, 32, 1), Tiles(16, 16, 1)]
@@ -90,13 +95,14 @@ def backward_tiles(problem: Problem, limit: int = SHARED_LIMIT) -> Tiles:
     """The tile of both backward kernels: rows stay, columns go by."""
     wide = max(padded(problem.head_dim), padded(problem.value_dim))
     if on_tensor_cores(problem):
-        choices = [Tiles(64, 64 if wide <= 128 else 32, 2), Tiles(64, 32, 2), Tiles(64, 32, 1)]
+        choices = [Tiles(64, 32, 2), Tiles(64, 32, 1)]
     elif problem.dtype == torch.float32:
-        choices = [Tiles(64, 32, 2), Tiles(64, 32, 1)] if wide <= 128 else []
+        choices = [Tiles(64, 32, 2)] if wide <= 64 else []
+        choices += [Tiles(32, 32, 2)] if wide <= 128 else []
         choices += [Tiles(32, 32, 1), Tiles(16, 16, 1)]
     else:
         choices = [Tiles(32, 32, 2)] if wide <= 64 else []
-        choices += [Tiles(32, 32, 1)] if wide <= 128 else []
+        choices += [Tiles(16, 32, 1)] if wide <= 128 else []
         choices += [Tiles(16, 16, 1)]
     for tiles in choices:
         if key_bytes(problem, tiles) <= limit:
@@ -110,7 +116,7 @@ def key_bytes(problem: Problem, tiles: Tiles) -> int:
     stage = tile_bytes(problem, tiles.cols, e) + tile_bytes(problem, tiles.cols, v)
     stage += 3 * tiles.cols * problem.acc_dtype.itemsize
     own = tile_bytes(problem, tiles.rows, e) + tile_bytes(problem, tiles.rows, v)
-    return _whole(own + tile_bytes(problem, tiles.rows, tiles.cols) + tiles.stages * stage)
+    return _whole(own + tile_bytes(problem, tiles.rows, tiles.cols) + tiles.stages * stage + _TASK_BYTES)
 
 
 def query_bytes(problem: Problem, tiles: Tiles) -> int:

@@ -20,7 +20,7 @@ DEVICE void differentiate(
     const real raw = score * scale, modified = score_mod(p, raw, b, h, q, kv, allowed, wrong);
     const bool seen = allowed && modified != -INFINITE;
     const real distance = HAS_SCORE ? (modified - row.row_max) * LOG2E : modified - row.row_max;
-    score = seen ? MATH(exp2)(distance - row.log_sum) : (real)0;
+    score = seen ? power_of_2(distance - row.log_sum) : (real)0;
     grad = seen ? score * (grad - row.delta) : (real)0;
     const real result = score_grad(p, raw, grad, b, h, q, kv, seen && adds, p.accumulators + blockIdx.x * p.accumulators_step);
     grad = seen ? result : (real)0;

@@ -18,11 +18,15 @@ struct alignas(128) Shared {
     T v[TILE_SIZE<ROWS, V_PAD>];
     T kept[TILE_SIZE<ROWS, COLS>];
     Stage stages[STAGES];
+    // what registers have no room for: the tile, and the walk over the query rows of one batch and head
+    Task task;
+    int b, h;
+    Walk walk;
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "plan.py and this layout disagree");
 constexpr bool WEIGHTS_ONLY = !DK && !DQ && !CAPTURED;
 
-DEVICE void load_stage(const Params& p, const Walk& walk, long long item, int b, int h, Stage& stage) {
+DEVICE void load_stage(const Params& p, const Walk& walk, int item, int b, int h, Stage& stage) {
     const Tile tile = tile_of(p, walk, item);
     load_tile<COLS, E_PAD>(stage.q, p.q, Q{}, (int)p.head_dim, [&](int row) {
         const int at = position(p, tile, row);
@@ -63,28 +67,27 @@ DEVICE void add_to_query(const Params& p, const Tile& tile, int b, int h, const 
 }
 
 DEVICE void walk_queries(
-    const Params& p, const Task& task, int b, int h, bool careful, Shared& shared, real (&dk)[TR][HELD<E_PAD>],
-    real (&dv)[TR][HELD<V_PAD>], int& wrong) {
-    const Walk walk = walk_of(p, b, h, task.row);
+    const Params& p, Shared& shared, bool careful, real (&dk)[TR][HELD<E_PAD>], real (&dv)[TR][HELD<V_PAD>], int& wrong) {
+    const Task& task = shared.task;
+    const Walk& walk = shared.walk;
     const real scale = HAS_SCORE ? (real)p.scale : (real)p.scale * LOG2E;
     const bool idle = !DQ && !ORDERED && first_row_of_warp() >= task.count;
-    barrier();
     for (int ahead = 0; ahead < STAGES - 1; ++ahead) {
-        if (ahead < walk.tiles) load_stage(p, walk, ahead, b, h, shared.stages[ahead]);
+        if (ahead < walk.tiles) load_stage(p, walk, ahead, shared.b, shared.h, shared.stages[ahead]);
         copy_commit();
     }
-    for (long long item = 0; item < walk.tiles; ++item) {
+    for (int item = 0; item < walk.tiles; ++item) {
         Stage& stage = shared.stages[item % STAGES];
         if (STAGES == 1) {
             barrier();
-            load_stage(p, walk, item, b, h, stage);
+            load_stage(p, walk, item, shared.b, shared.h, stage);
             copy_commit();
         }
         copy_wait<(STAGES > 2 ? STAGES - 2 : 0)>();
         barrier();
         if (STAGES > 1) {
-            const long long next = item + STAGES - 1;
-            if (next < walk.tiles) load_stage(p, walk, next, b, h, shared.stages[next % STAGES]);
+            const int next = item + STAGES - 1;
+            if (next < walk.tiles) load_stage(p, walk, next, shared.b, shared.h, shared.stages[next % STAGES]);
             copy_commit();
         }
         if (idle) continue;
@@ -94,7 +97,7 @@ DEVICE void walk_queries(
         if (!WEIGHTS_ONLY) product_nt<V_PAD>(grad, shared.v, stage.g);
         for (int turn = 0; turn < (ORDERED ? THREADS : 1); ++turn) {
             if (!ORDERED || threadIdx.x == turn)
-                differentiate_tile(p, task, tile, stage, b, h, scale, CAPTURED && !careful, s, grad, wrong);
+                differentiate_tile(p, task, tile, stage, shared.b, shared.h, scale, CAPTURED && !careful, s, grad, wrong);
             if (ORDERED) barrier();
         }
         if (careful) {
@@ -107,15 +110,15 @@ DEVICE void walk_queries(
         if (DQ && !careful) {
             keep_factors(grad, shared.kept);
             barrier();
-            add_to_query(p, tile, b, h, shared.kept, shared.k);
+            add_to_query(p, tile, shared.b, shared.h, shared.kept, shared.k);
         }
     }
     copy_wait<0>();
 }
 
-DEVICE void key_tile(const Params& p, const Task& task, Shared& shared, int& wrong) {
+DEVICE void key_tile(const Params& p, Shared& shared, int& wrong) {
     real dk[TR][HELD<E_PAD>], dv[TR][HELD<V_PAD>];
-    barrier();
+    const Task& task = shared.task;
     load_tile<ROWS, E_PAD>(shared.k, p.k, K{}, (int)p.head_dim, [&](int row) {
         return row < task.count ? task.b * p.k.b + task.h * p.k.h + (task.first + row) * p.k.row : -1ll;
     });
@@ -127,8 +130,14 @@ DEVICE void key_tile(const Params& p, const Task& task, Shared& shared, int& wro
         if (DK) clear(dk);
         if (DV) clear(dv);
         for (int turn = 0; turn < batches * p.group; ++turn) {
-            const int b = task.b + (int)(turn / p.group), h = (int)(task.h * p.group + turn % p.group);
-            walk_queries(p, task, b, h, careful, shared, dk, dv, wrong);
+            barrier();
+            if (threadIdx.x == 0) {
+                shared.b = task.b + (int)(turn / p.group);
+                shared.h = (int)(task.h * p.group + turn % p.group);
+                shared.walk = walk_of(p, shared.b, shared.h, task.row);
+            }
+            barrier();
+            walk_queries(p, shared, careful, dk, dv, wrong);
         }
         if (!any_thread((DK && not_finite(dk)) || (DV && not_finite(dv)))) break;
     }
@@ -141,7 +150,9 @@ KERNEL __launch_bounds__(THREADS, 1) backward_key(PARAMETERS) {
     int wrong = 0;
     // as many thread blocks as tasks, or fewer with accumulators of their own
     for (long long id = blockIdx.x; id < p.tasks; id += gridDim.x) {
-        const Task task = task_of(p, id, (int)p.kv_batch, (int)p.kv_heads);
-        if (task.count > 0) key_tile(p, task, shared, wrong);
+        barrier();
+        if (threadIdx.x == 0) shared.task = task_of(p, id, (int)p.kv_batch, (int)p.kv_heads);
+        barrier();
+        if (shared.task.count > 0) key_tile(p, shared, wrong);
     }
 }

@@ -18,7 +18,7 @@ struct alignas(128) Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "plan.py and this layout disagree");
 
-DEVICE void load_stage(const Params& p, const Walk& walk, long long item, long long k_at, long long v_at, Stage& stage) {
+DEVICE void load_stage(const Params& p, const Walk& walk, int item, long long k_at, long long v_at, Stage& stage) {
     const Tile tile = tile_of(p, walk, item);
     load_tile<COLS, E_PAD>(stage.k, p.k, K{}, (int)p.head_dim, [&](int row) {
         const int at = position(p, tile, row);
@@ -76,7 +76,7 @@ KERNEL __launch_bounds__(THREADS, 1) backward_query(PARAMETERS) {
             if (ahead < walk.tiles) load_stage(p, walk, ahead, k_at, v_at, shared.stages[ahead]);
             copy_commit();
         }
-        for (long long item = 0; item < walk.tiles; ++item) {
+        for (int item = 0; item < walk.tiles; ++item) {
             Stage& stage = shared.stages[item % STAGES];
             if (STAGES == 1) {
                 barrier();
@@ -86,7 +86,7 @@ KERNEL __launch_bounds__(THREADS, 1) backward_query(PARAMETERS) {
             copy_wait<(STAGES > 2 ? STAGES - 2 : 0)>();
             barrier();
             if (STAGES > 1) {
-                const long long next = item + STAGES - 1;
+                const int next = item + STAGES - 1;
                 if (next < walk.tiles) load_stage(p, walk, next, k_at, v_at, shared.stages[next % STAGES]);
                 copy_commit();
             }

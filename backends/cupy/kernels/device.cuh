@@ -2,6 +2,7 @@
 #pragma once
 
 #define DEVICE static __device__ __forceinline__
+#define MEMBER __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
 #define PARAMETERS const __grid_constant__ Params p
 #define INFINITE __int_as_float(0x7f800000)
@@ -41,6 +42,14 @@ DEVICE unsigned float_to_bfloat2(float low, float high) {
     return bits;
 }
 
+// 2 to the x: one instruction in float32, good to 2 units in the last place, 0 below the smallest normal number
+DEVICE float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE double power_of_2(double x) { return exp2(x); }
+
 DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char everything[];
     return everything;
@@ -50,6 +59,7 @@ DEVICE unsigned shared_address(const void* at) { return (unsigned)__cvta_generic
 DEVICE void barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE bool any_thread(bool x) { return __syncthreads_or(x); }
+DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 template <class T> DEVICE T from_lane(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 template <class T> DEVICE T across(T x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 DEVICE void add_atomically(float* at, float x) { atomicAdd(at, x); }

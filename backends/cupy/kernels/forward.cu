@@ -29,12 +29,13 @@ DEVICE Row query_row(const Params& p, const Task& task, int row) {
 template <bool PLAIN>
 DEVICE void modify(const Params& p, const Task& task, const Tile& tile, real scale, real (&s)[TR][TC], int& wrong) {
 #pragma unroll
-    for (int c = 0; c < TC; ++c) {
-        const int at = PLAIN ? tile.first + col_of(c) : position(p, tile, col_of(c)), kv = at < 0 ? 0 : at;
+    for (int r = 0; r < TR; ++r) {
+        const bool is_row = PLAIN || row_of(r) < task.count;
+        const Row row = query_row(p, task, is_row ? row_of(r) : 0);
 #pragma unroll
-        for (int r = 0; r < TR; ++r) {
-            const bool there = PLAIN || (at >= 0 && row_of(r) < task.count);
-            const Row row = query_row(p, task, PLAIN || row_of(r) < task.count ? row_of(r) : 0);
+        for (int c = 0; c < TC; ++c) {
+            const int at = PLAIN ? tile.first + col_of(c) : position(p, tile, col_of(c)), kv = at < 0 ? 0 : at;
+            const bool there = is_row && at >= 0;
             bool allowed = there;
             if (!PLAIN && tile.ask) allowed = mask_mod(p, task.b, row.h, row.q, kv, there, wrong) && there;
             const real score = score_mod(p, s[r][c] * scale, task.b, row.h, row.q, kv, allowed, wrong);
@@ -45,13 +46,17 @@ DEVICE void modify(const Params& p, const Task& task, const Tile& tile, real sca
 
 // Scores become weights against the new maximum; what was summed before shrinks with it. Careful: -1 where masked.
 DEVICE void soften(real (&s)[TR][TC], real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][HELD<V_PAD>], bool careful) {
+    real shrink[TR];
+    bool grown = false;
 #pragma unroll
     for (int r = 0; r < TR; ++r) {
         real top = row_max[r];
 #pragma unroll
         for (int c = 0; c < TC; ++c) top = s[r][c] > top ? s[r][c] : top;
         top = row_max_of(top);
-        const real base = top == -INFINITE ? (real)0 : top, shrink = power(row_max[r], base);
+        const real base = top == -INFINITE ? (real)0 : top;
+        shrink[r] = power(row_max[r], base);
+        grown |= top != row_max[r];
         row_max[r] = top;
         real sum = 0;
 #pragma unroll
@@ -60,13 +65,17 @@ DEVICE void soften(real (&s)[TR][TC], real (&row_max)[TR], real (&row_sum)[TR], 
             sum += weight;
             s[r][c] = careful && s[r][c] == -INFINITE ? (real)-1 : weight;
         }
-        row_sum[r] = row_sum[r] * shrink + sum;
-#pragma unroll
-        for (int j = 0; j < HELD<V_PAD>; ++j) o[r][j] *= shrink;
+        row_sum[r] = row_sum[r] * shrink[r] + sum;
     }
+    // after the first tiles of a row its maximum seldom changes
+    if (!any_lane(grown)) return;
+#pragma unroll
+    for (int r = 0; r < TR; ++r)
+#pragma unroll
+        for (int j = 0; j < HELD<V_PAD>; ++j) o[r][j] *= shrink[r];
 }
 
-DEVICE void load_stage(const Params& p, const Walk& walk, long long item, long long k_at, long long v_at, Stage& stage) {
+DEVICE void load_stage(const Params& p, const Walk& walk, int item, long long k_at, long long v_at, Stage& stage) {
     const Tile tile = tile_of(p, walk, item);
     load_tile<COLS, E_PAD>(stage.k, p.k, K{}, (int)p.head_dim, [&](int row) {
         const int at = position(p, tile, row);
@@ -111,7 +120,8 @@ KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
     const int kv_head = PACKED ? task.h : (int)(task.h / p.group);
     const long long k_at = task.b * p.k.b + kv_head * p.k.h, v_at = task.b * p.v.b + kv_head * p.v.h;
     const Walk walk = walk_of(p, task.b, task.h, task.row);
-    const long long begin = walk.tiles * task.split / p.splits, end = walk.tiles * (task.split + 1) / p.splits;
+    const int begin = (int)(walk.tiles * (long long)task.split / p.splits);
+    const int end = (int)(walk.tiles * (task.split + 1ll) / p.splits);
     // without a score_mod, scores are powers of two from the start
     const real scale = HAS_SCORE ? (real)p.scale : (real)p.scale * LOG2E;
     const bool idle = first_row_of_warp() >= task.count;
@@ -134,7 +144,7 @@ KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
             if (begin + ahead < end) load_stage(p, walk, begin + ahead, k_at, v_at, shared.stages[ahead]);
             copy_commit();
         }
-        for (long long item = begin; item < end; ++item) {
+        for (int item = begin; item < end; ++item) {
             Stage& stage = shared.stages[(item - begin) % STAGES];
             if (STAGES == 1) {
                 barrier();
@@ -144,7 +154,7 @@ KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
             copy_wait<(STAGES > 2 ? STAGES - 2 : 0)>();
             barrier();
             if (STAGES > 1) {
-                const long long next = item + STAGES - 1;
+                const int next = item + STAGES - 1;
                 if (next < end) load_stage(p, walk, next, k_at, v_at, shared.stages[(next - begin) % STAGES]);
                 copy_commit();
             }

@@ -25,11 +25,19 @@ DEVICE int depth_of(int j) { return col_of(j); }
 // how many numbers of shared memory a tile of N rows takes
 template <int N, int D> constexpr int TILE_SIZE = N * D;
 
-// Where 16-byte chunk `chunk` of a row of D numbers lies. Eight rows that are read together fall into different banks.
-template <int D> DEVICE int swizzled(int row, int chunk) {
-    const int turn = D / 8 % 8 == 0 ? row & 7 : (row >> 1) & 3;
-    return (row * (D / 8) + (chunk ^ turn)) * 8;
-}
+// Where 16-byte chunk `chunk` of a row of D numbers lies: chunks change places, by a pattern that differs between rows, so
+// that eight rows that are read together fall into different banks.
+template <int D> DEVICE int turn(int row) { return D / 8 % 8 == 0 ? row & 7 : (row >> 1) & 3; }
+template <int D> DEVICE int swizzled(int row, int chunk) { return row * D + (chunk ^ turn<D>(row)) * 8; }
+
+// A lane's place in a tile for ldmatrix: row `row`, chunk `side` (0 or 1) of each pair. at(16 * i, k) is 16 * i rows below,
+// in the k-th pair of chunks; rows that are 16 apart have the same pattern.
+template <int D> struct Cursor {
+    const T* start;
+    int low;
+    MEMBER Cursor(const T* tile, int row, int side) : start(tile + row * D), low((side ^ turn<D>(row)) * 8) {}
+    MEMBER const T* at(int below, int k) const { return start + below * D + (low ^ (16 * k)); }
+};
 
 template <int D> DEVICE T element(const T* tile, int row, int depth) { return tile[swizzled<D>(row, depth >> 3) + (depth & 7)]; }
 
@@ -55,16 +63,18 @@ template <int N, int D, class S, class Place> DEVICE void load_tile(T* tile, con
 
 // s (ROWS, COLS) += a (ROWS, D) x b (COLS, D) transposed
 template <int D> DEVICE void product_nt(real (&s)[TR][TC], const T* a, const T* b) {
-#pragma unroll
+    const Cursor<D> left(a, first_row_of_warp() + (lane() & 15), lane() >> 4);
+    const Cursor<D> right(b, (lane() >> 4) * 8 + (lane() & 7), (lane() >> 3) & 1);
+// not all of it: registers that hold places run out
+#pragma unroll(D > 128 ? 2 : 4)
     for (int k = 0; k < D / 16; ++k) {
         unsigned fa[SLABS][4];
 #pragma unroll
-        for (int m = 0; m < SLABS; ++m)
-            load_matrices(fa[m], a + swizzled<D>((warp() * SLABS + m) * 16 + (lane() & 15), 2 * k + (lane() >> 4)));
+        for (int m = 0; m < SLABS; ++m) load_matrices(fa[m], left.at(16 * m, k));
 #pragma unroll
         for (int n = 0; n < COLS / 16; ++n) {
             unsigned fb[4];
-            load_matrices(fb, b + swizzled<D>(n * 16 + ((lane() >> 4) & 1) * 8 + (lane() & 7), 2 * k + ((lane() >> 3) & 1)));
+            load_matrices(fb, right.at(16 * n, k));
 #pragma unroll
             for (int m = 0; m < SLABS; ++m) {
                 real(&up)[TC] = s[2 * m], (&down)[TC] = s[2 * m + 1];
@@ -78,6 +88,7 @@ template <int D> DEVICE void product_nt(real (&s)[TR][TC], const T* a, const T* 
 
 // o (ROWS, D) += p (ROWS, COLS) x b (COLS, D): p goes from registers to registers
 template <int D> DEVICE void product_nn(real (&o)[TR][D / 4], const real (&p)[TR][TC], const T* b, T*) {
+    const Cursor<D> right(b, lane() & 15, lane() >> 4);
 #pragma unroll
     for (int k = 0; k < COLS / 16; ++k) {
         unsigned fa[SLABS][4];
@@ -93,7 +104,7 @@ template <int D> DEVICE void product_nn(real (&o)[TR][D / 4], const real (&p)[TR
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             unsigned fb[4];
-            load_matrices_transposed(fb, b + swizzled<D>(k * 16 + (lane() & 15), 2 * n + (lane() >> 4)));
+            load_matrices_transposed(fb, right.at(16 * k, n));
 #pragma unroll
             for (int m = 0; m < SLABS; ++m) {
                 real(&up)[D / 4] = o[2 * m], (&down)[D / 4] = o[2 * m + 1];
@@ -143,18 +154,18 @@ DEVICE void keep_factors(const real (&p)[TR][TC], T* kept) {
 // p transposed (COLS, ROWS) x b (ROWS, D), p as keep_factors left it; `give(col, depth, x)` takes each number.
 template <int D, class Give> DEVICE void product_tn(const T* kept, const T* b, Give give) {
     if (warp() * 16 >= COLS) return;
+    const Cursor<COLS> left(kept, (lane() >> 4) * 8 + (lane() & 7), (lane() >> 3) & 1);
+    const Cursor<D> right(b, lane() & 15, lane() >> 4);
     unsigned fa[ROWS / 16][4];
 #pragma unroll
-    for (int k = 0; k < ROWS / 16; ++k)
-        load_matrices_transposed(
-            fa[k], kept + swizzled<COLS>(k * 16 + (lane() >> 4) * 8 + (lane() & 7), warp() * 2 + ((lane() >> 3) & 1)));
+    for (int k = 0; k < ROWS / 16; ++k) load_matrices_transposed(fa[k], left.at(16 * k, warp()));
 #pragma unroll 1
     for (int n = 0; n < D / 16; ++n) {
         real x[2][4] = {};
 #pragma unroll
         for (int k = 0; k < ROWS / 16; ++k) {
             unsigned fb[4];
-            load_matrices_transposed(fb, b + swizzled<D>(k * 16 + (lane() & 15), 2 * n + (lane() >> 4)));
+            load_matrices_transposed(fb, right.at(16 * k, n));
             multiply(T{}, x[0][0], x[0][1], x[1][0], x[1][1], fa[k], fb[0], fb[1]);
             multiply(T{}, x[0][2], x[0][3], x[1][2], x[1][3], fa[k], fb[2], fb[3]);
         }

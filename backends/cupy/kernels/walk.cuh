@@ -17,11 +17,10 @@ struct Tile {
 struct Walk {
     const int* partial;
     const int* full;
-    int partial_blocks, full_blocks;
-    long long partial_tiles, tiles;
+    int partial_blocks, full_blocks, partial_tiles, tiles;
 };
 
-DEVICE long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
+DEVICE int ceil_div(long long a, int b) { return (int)((a + b - 1) / b); }
 
 // `heads`: of the tiles' own side. With an order (over all flat rows of the mask) the rows with the most work come first.
 DEVICE Task task_of(const Params& p, long long id, int batches, int heads) {
@@ -62,18 +61,18 @@ DEVICE Walk walk_of(const Params& p, int b, int h, int row) {
         walk.partial_tiles = ceil_div(walk.partial_blocks, together);
         walk.tiles = walk.partial_tiles + ceil_div(walk.full_blocks, together);
     } else {
-        const long long tiles = ceil_div(smaller(p.list_block, p.list_len), COLS);
+        const int tiles = ceil_div(smaller(p.list_block, p.list_len), COLS);
         walk.partial_tiles = walk.partial_blocks * tiles;
         walk.tiles = walk.partial_tiles + walk.full_blocks * tiles;
     }
     return walk;
 }
 
-DEVICE Tile tile_of(const Params& p, const Walk& walk, long long item) {
+DEVICE Tile tile_of(const Params& p, const Walk& walk, int item) {
     Tile tile = {};
     tile.ask = HAS_MASK && item < walk.partial_tiles;
     if (!HAS_LISTS) {
-        tile.first = (int)item * COLS;
+        tile.first = item * COLS;
         tile.count = (int)smaller((long long)COLS, p.list_len - tile.first);
         return tile;
     }
@@ -83,10 +82,10 @@ DEVICE Tile tile_of(const Params& p, const Walk& walk, long long item) {
     if (GATHER) {
         const int together = COLS / (int)p.list_block;
         tile.blocks = blocks + item * together;
-        const long long left = (full ? walk.full_blocks : walk.partial_blocks) - item * together;
-        tile.count = (int)(smaller((long long)together, left) * p.list_block);
+        const int left = (full ? walk.full_blocks : walk.partial_blocks) - item * together;
+        tile.count = smaller(together, left) * (int)p.list_block;
     } else {
-        const long long tiles = ceil_div(smaller(p.list_block, p.list_len), COLS);
+        const int tiles = ceil_div(smaller(p.list_block, p.list_len), COLS);
         const long long block = blocks[item / tiles];
         tile.first = (int)(block * p.list_block + item % tiles * COLS);
         const long long end = smaller((block + 1) * p.list_block, p.list_len);

@@ -16,6 +16,7 @@ int snprintf(char*, unsigned long, const char*, ...);
 }
 
 #define DEVICE static inline __attribute__((always_inline))
+#define MEMBER __attribute__((always_inline))
 #define KERNEL extern "C" void
 #define PARAMETERS const Params& p
 #define __launch_bounds__(...)
@@ -38,7 +39,7 @@ namespace host {
 constexpr int WARPS_AT_MOST = 8, LANES = 32;
 
 // what a lane brings to an instruction of its warp
-enum Kind { NOTHING, SHUFFLE, LOAD, LOAD_TRANSPOSED, MULTIPLY_HALF, MULTIPLY_BFLOAT, WARP_BARRIER };
+enum Kind { NOTHING, SHUFFLE, ANY, LOAD, LOAD_TRANSPOSED, MULTIPLY_HALF, MULTIPLY_BFLOAT, WARP_BARRIER };
 struct Meeting {
     Kind kind;
     const void* in;
@@ -116,10 +117,21 @@ DEVICE unsigned short float_to_bfloat(float x) { return host::bfloat_of(x); }
 DEVICE unsigned float_to_half2(float low, float high) { return host::half_of(low) | (unsigned)host::half_of(high) << 16; }
 DEVICE unsigned float_to_bfloat2(float low, float high) { return host::bfloat_of(low) | (unsigned)host::bfloat_of(high) << 16; }
 
+DEVICE float power_of_2(float x) {
+    const float y = __builtin_exp2f(x);
+    return y < 1.17549435e-38f ? 0 : y;
+}
+DEVICE double power_of_2(double x) { return __builtin_exp2(x); }
+
 DEVICE unsigned char* shared_memory() { return host::shared; }
 DEVICE void barrier() { host::meet_all(false); }
 DEVICE void warp_barrier() { host::meet({host::WARP_BARRIER, 0, 0, 0}); }
 DEVICE bool any_thread(bool x) { return host::meet_all(x); }
+DEVICE bool any_lane(bool x) {
+    bool result;
+    host::meet({host::ANY, &x, 0, &result});
+    return result;
+}
 template <class T> DEVICE T from_lane(T x, int lane) {
     double wide = x, result;
     host::meet({host::SHUFFLE, &wide, &lane, &result});

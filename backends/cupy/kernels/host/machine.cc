@@ -111,6 +111,12 @@ static void shuffle(Fiber* lanes) {
         *(double*)lanes[i].meeting.out = *(const double*)lanes[*(const int*)lanes[i].meeting.in2 & 31].meeting.in;
 }
 
+static void any(Fiber* lanes) {
+    bool found = false;
+    for (int i = 0; i < LANES; ++i) found |= *(const bool*)lanes[i].meeting.in;
+    for (int i = 0; i < LANES; ++i) *(bool*)lanes[i].meeting.out = found;
+}
+
 static void load(Fiber* lanes, bool transposed) {
     for (int matrix = 0; matrix < 4; ++matrix) {
         const unsigned short* rows[8];
@@ -165,6 +171,7 @@ void meet(const Meeting& meeting) {
         return;
     }
     if (meeting.kind == SHUFFLE) shuffle(lanes);
+    if (meeting.kind == ANY) any(lanes);
     if (meeting.kind == LOAD || meeting.kind == LOAD_TRANSPOSED) load(lanes, meeting.kind == LOAD_TRANSPOSED);
     if (meeting.kind == MULTIPLY_HALF || meeting.kind == MULTIPLY_BFLOAT) multiply(lanes, meeting.kind == MULTIPLY_HALF);
     warps[w].count = 0;
