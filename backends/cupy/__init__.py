@@ -1,7 +1,7 @@
 """cupy: CUDA C++ on the tensor cores, compiled at run time through CuPy; kernels that a person can read and change."""
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -96,7 +96,7 @@ def backward(
     return launch.backward(problem, tensors, output, grad_out, grad_lse, machine)
 
 
-@cache
+@lru_cache(maxsize=1)
 def emulated() -> SimpleNamespace:
     """The same sources compiled by g++ and run on CPU tensors, thread by thread: a backend for the conformance suite."""
     from flexref.backends.cupy import host, launch
@@ -109,5 +109,5 @@ def emulated() -> SimpleNamespace:
         name=name, rank=rank, options=options, how="host build", reach=600,
         unavailable=host.unavailable, unsupported=refused,
         forward=lambda problem, tensors: launch.forward(problem, tensors, host.machine()),
-        backward=lambda problem, tensors, *rest: launch.backward(problem, tensors, *rest, host.machine()),
+        backward=lambda problem, tensors, *rest: launch.backward(problem, tensors, *rest, machine=host.machine()),
     )  # fmt: skip

@@ -18,7 +18,8 @@ from flexref.program.proofs import all_safe, safe_reads, small_ints
 from flexref.program.template import fill
 
 SOURCES = Path(__file__).parent / "kernels"
-_INCLUDE = re.compile(r'^#include "(?P<name>[\w.]+)"\n', re.MULTILINE)
+# cuda_host.h is for the CPU, and stays outside
+_INCLUDE = re.compile(r'^#include "(?P<name>(?!cuda_host)[\w.]+)"\n', re.MULTILINE)
 _TYPES = {torch.float16: "Half", torch.bfloat16: "Bfloat", torch.float32: "float", torch.float64: "double"}
 _INPUTS = {name: name for name in ("score", "grad", "b", "h", "q_idx", "kv_idx")}
 
@@ -36,7 +37,7 @@ class Variant:
 
 
 def source(name: str) -> str:
-    """The file `name` with the headers that it includes in their place, each once; what is for the CPU stays outside."""
+    """The file `name` with the headers that it includes in their place, each once."""
     seen: set[str] = set()
 
     def included(match: re.Match) -> str:
@@ -50,6 +51,7 @@ def source(name: str) -> str:
     return _INCLUDE.sub(included, (SOURCES / name).read_text())
 
 
+@lru_cache(maxsize=4096)
 def always_safe(problem: Problem) -> bool:
     """Whether every read of both mods is proved in range without a look at any tensor."""
     shapes = [capture.shape for capture in problem.captures]
@@ -81,6 +83,7 @@ def _constants(problem: Problem, variant: Variant) -> list[str]:
         "SHARED_BYTES": variant.shared_bytes,
         "CAPTURED_WORDS": max(1, table_start(problem.captures, len(problem.captures))),
         "SCALARS": scalar_count(problem),
+        "PARAMETER_WORDS": parameter_count(problem),
     }
     truths = {
         "HAS_SCORE": problem.score is not None,
@@ -107,6 +110,7 @@ def _constants(problem: Problem, variant: Variant) -> list[str]:
     ]
 
 
+@lru_cache(maxsize=4096)
 def scalar_count(problem: Problem) -> int:
     """How many captured numbers the programs name."""
     slots = [int(n.attr) + 1 for g in (problem.score, problem.mask) if g for n in g.nodes if n.op == "scalar"]  # type: ignore[arg-type]
@@ -169,20 +173,23 @@ def accumulator_starts(captures: tuple[Capture, ...]) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def parameter_words() -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """Where each member of Params stands: {name: (first word, words)}, `captured` and what follows not counted."""
+def parameter_words() -> dict[str, tuple[int, int]]:
+    """Where each member of Params stands: {name: (first word, words)}; the arrays at its end are not among them."""
     text = re.sub(r"//.*", "", (SOURCES / "params.cuh").read_text())
     tensor, params = (re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL).group(1) for name in ("Tensor", "Params"))  # type: ignore[union-attr]
-    tensor_words: dict[str, int] = {}
-    for name in _names(tensor):
-        tensor_words[name] = len(tensor_words)
-    places, word = {}, 0
+    tensor_words, places, word = len(_names(tensor)), {}, 0
     for declaration in params.split(";"):
         for name in _names(declaration + ";"):
-            count = len(tensor_words) if declaration.split()[0] == "Tensor" else 1
+            count = tensor_words if declaration.split()[0] == "Tensor" else 1
             places[name] = (word, count)
             word += count
-    return places, tensor_words
+    return places
+
+
+def parameter_count(problem: Problem) -> int:
+    """How many words Params has for this problem."""
+    plain = sum(count for _, count in parameter_words().values())
+    return plain + max(1, table_start(problem.captures, len(problem.captures))) + 2 * scalar_count(problem)
 
 
 def _names(declarations: str) -> list[str]:

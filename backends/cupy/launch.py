@@ -14,7 +14,6 @@ from flexref.index_error import named_index_error
 from flexref.index_proof import proved_in_range
 from flexref.problem import Gradients, Output, Problem, Tensors
 
-
 # how much memory accumulators of their own may take for thread blocks that add in order
 _ORDERED_BYTES = 1 << 28
 
@@ -44,7 +43,7 @@ def forward(problem: Problem, tensors: Tensors, machine) -> Output:
     tasks = call.walk_keys(tiles, packed)
     splits = plan.forward_splits(problem, tasks, -(-problem.kv_len // tiles.cols), machine.processors)
     if splits > 1:
-        call.point(partial=torch.empty(out.numel() // problem.value_dim * splits * (2 + problem.value_dim), dtype=acc, device=device))
+        call.point(partial=torch.empty(*shape, splits, 2 + problem.value_dim, dtype=acc, device=device))
     call.number(splits=splits, tasks=tasks * splits)
     size = plan.forward_bytes(problem, tiles)
     variant = Variant(tiles, size, call.checked, packed, splits > 1)
@@ -151,11 +150,10 @@ class Call:
 
     def __init__(self, problem: Problem, tensors: Tensors):
         self.problem, self.tensors = problem, tensors
-        self.places, self.tensor_words = kernels_for.parameter_words()
-        self.first_captured = sum(count for _, count in self.places.values())
+        self.places = kernels_for.parameter_words()
         table = max(1, kernels_for.table_start(problem.captures, len(problem.captures)))
         scalars = kernels_for.scalar_count(problem)
-        self.words = np.zeros(self.first_captured + table + 2 * scalars, np.int64)
+        self.words = np.zeros(kernels_for.parameter_count(problem), np.int64)
         self.keep: list = []
         self.checked = not kernels_for.always_safe(problem) and not proved_in_range(problem, tensors)
         for name, x in (("q", tensors.query), ("k", tensors.key), ("v", tensors.value)):
@@ -166,7 +164,7 @@ class Call:
             batch=p.batch, kv_batch=p.kv_batch, q_heads=p.q_heads, kv_heads=p.kv_heads, group=p.group, q_len=p.q_len,
             kv_len=p.kv_len, head_dim=p.head_dim, value_dim=p.value_dim, splits=1,
         )  # fmt: skip
-        self._place_captures(self.first_captured, table, scalars)
+        self._place_captures(len(self.words) - table - 2 * scalars, table, scalars)
         if self.checked:
             self.wrong = torch.zeros(1, dtype=torch.int32, device=tensors.query.device)
             self.point(wrong=self.wrong)

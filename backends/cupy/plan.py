@@ -15,8 +15,8 @@ SHARED_LIMIT = 163 * 1024
 SHORT = 16
 
 
-# Task and Walk of walk.cuh, a batch and a head
-_TASK_BYTES = 64
+# Walk of walk.cuh; and with it Task, a batch and a head
+_WALK_BYTES, _TASK_BYTES = 32, 64
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def forward_bytes(problem: Problem, tiles: Tiles) -> int:
     """Shared memory of the forward kernel, as `Shared` in forward.cu lays it out."""
     e, v = padded(problem.head_dim), padded(problem.value_dim)
     stage = tile_bytes(problem, tiles.cols, e) + tile_bytes(problem, tiles.cols, v)
-    kept = element_bytes(problem) if on_tensor_cores(problem) else tile_bytes(problem, tiles.rows, tiles.cols)
-    return _whole(tile_bytes(problem, tiles.rows, e) + tiles.stages * stage + kept)
+    kept = 16 if on_tensor_cores(problem) else tile_bytes(problem, tiles.rows, tiles.cols)
+    return _whole(tile_bytes(problem, tiles.rows, e) + tiles.stages * stage + kept + _WALK_BYTES)
 
 
 def _whole(size: int) -> int:

@@ -13,10 +13,10 @@ DEVICE Statistics statistics_of(const Params& p, int b, int h, int q) {
 
 // `score`, still without scale, becomes the weight, and `grad`, d loss / d weight, becomes d loss / d score: both are
 // exactly 0 where a position is masked. `adds`: whether captured tensors get their part.
-DEVICE void differentiate(
+template <bool PLAIN> DEVICE void differentiate(
     const Params& p, real& score, real& grad, const Statistics& row, real scale, int b, int h, int q, int kv, bool there,
     bool ask, bool adds, int& wrong) {
-    const bool allowed = there && (!ask || mask_mod(p, b, h, q, kv, there, wrong));
+    const bool allowed = PLAIN || there && (!ask || mask_mod(p, b, h, q, kv, there, wrong));
     const real raw = score * scale, modified = score_mod(p, raw, b, h, q, kv, allowed, wrong);
     const bool seen = allowed && modified != -INFINITE;
     const real distance = HAS_SCORE ? (modified - row.row_max) * LOG2E : modified - row.row_max;

@@ -42,18 +42,21 @@ DEVICE void load_stage(const Params& p, const Walk& walk, int item, int b, int h
     }
 }
 
-DEVICE void differentiate_tile(
-    const Params& p, const Task& task, const Tile& tile, const Stage& stage, int b, int h, real scale, bool adds,
-    real (&s)[TR][TC], real (&grad)[TR][TC], int& wrong) {
+// PLAIN: every position of the tile is there and allowed.
+template <bool PLAIN> DEVICE void differentiate_tile(
+    const Params& p, const Shared& shared, const Tile& tile, const Stage& stage, real scale, bool adds, real (&s)[TR][TC],
+    real (&grad)[TR][TC], int& wrong) {
+    const Task& task = shared.task;
 #pragma unroll
     for (int c = 0; c < TC; ++c) {
-        const int at = position(p, tile, col_of(c)), q = at < 0 ? 0 : at;
+        const int at = PLAIN ? tile.first + col_of(c) : position(p, tile, col_of(c)), q = at < 0 ? 0 : at;
         const Statistics row = stage.rows[col_of(c)];
 #pragma unroll
         for (int r = 0; r < TR; ++r) {
-            const int kv = task.first + smaller(row_of(r), task.count - 1);
+            const int kv = task.first + (PLAIN ? row_of(r) : smaller(row_of(r), task.count - 1));
             const bool there = at >= 0 && row_of(r) < task.count;
-            differentiate(p, s[r][c], grad[r][c], row, scale, b, h, q, kv, there, tile.ask, adds, wrong);
+            differentiate<PLAIN>(
+                p, s[r][c], grad[r][c], row, scale, shared.b, shared.h, q, kv, there, tile.ask, adds, wrong);
         }
     }
 }
@@ -96,8 +99,10 @@ DEVICE void walk_queries(
         product_nt<E_PAD>(s, shared.k, stage.q);
         if (!WEIGHTS_ONLY) product_nt<V_PAD>(grad, shared.v, stage.g);
         for (int turn = 0; turn < (ORDERED ? THREADS : 1); ++turn) {
-            if (!ORDERED || threadIdx.x == turn)
-                differentiate_tile(p, task, tile, stage, shared.b, shared.h, scale, CAPTURED && !careful, s, grad, wrong);
+            if (!ORDERED && plain(tile, task))
+                differentiate_tile<true>(p, shared, tile, stage, scale, CAPTURED && !careful, s, grad, wrong);
+            else if (!ORDERED || threadIdx.x == turn)
+                differentiate_tile<false>(p, shared, tile, stage, scale, CAPTURED && !careful, s, grad, wrong);
             if (ORDERED) barrier();
         }
         if (careful) {

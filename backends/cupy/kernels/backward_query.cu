@@ -30,6 +30,23 @@ DEVICE void load_stage(const Params& p, const Walk& walk, int item, long long k_
     });
 }
 
+// PLAIN: every position of the tile is there and allowed.
+template <bool PLAIN> DEVICE void differentiate_tile(
+    const Params& p, const Task& task, const Tile& tile, const Statistics (&rows)[TR], real scale, real (&s)[TR][TC],
+    real (&grad)[TR][TC], int& wrong) {
+#pragma unroll
+    for (int r = 0; r < TR; ++r) {
+        const int q = task.first + (PLAIN ? row_of(r) : smaller(row_of(r), task.count - 1));
+#pragma unroll
+        for (int c = 0; c < TC; ++c) {
+            const int at = PLAIN ? tile.first + col_of(c) : position(p, tile, col_of(c)), kv = at < 0 ? 0 : at;
+            const bool there = at >= 0 && row_of(r) < task.count;
+            differentiate<PLAIN>(
+                p, s[r][c], grad[r][c], rows[r], scale, task.b, task.h, q, kv, there, tile.ask, false, wrong);
+        }
+    }
+}
+
 // What backward_key added up, and whether all of it is finite.
 DEVICE bool read_sum(const Params& p, const Task& task, real (&dq)[TR][HELD<E_PAD>]) {
     clear(dq);
@@ -95,16 +112,10 @@ KERNEL __launch_bounds__(THREADS, 1) backward_query(PARAMETERS) {
             real s[TR][TC] = {}, grad[TR][TC] = {};
             product_nt<E_PAD>(s, shared.q, stage.k);
             product_nt<V_PAD>(grad, shared.g, stage.v);
-#pragma unroll
-            for (int c = 0; c < TC; ++c) {
-                const int at = position(p, tile, col_of(c)), kv = at < 0 ? 0 : at;
-#pragma unroll
-                for (int r = 0; r < TR; ++r) {
-                    const int q = task.first + smaller(row_of(r), task.count - 1);
-                    const bool there = at >= 0 && row_of(r) < task.count;
-                    differentiate(p, s[r][c], grad[r][c], rows[r], scale, task.b, task.h, q, kv, there, tile.ask, false, wrong);
-                }
-            }
+            if (plain(tile, task))
+                differentiate_tile<true>(p, task, tile, rows, scale, s, grad, wrong);
+            else
+                differentiate_tile<false>(p, task, tile, rows, scale, s, grad, wrong);
             if (careful)
                 careful_nn<E_PAD>(dq, grad, stage.k, shared.kept, masked_factor);
             else

@@ -11,7 +11,8 @@ struct Stage {
 struct alignas(128) Shared {
     T q[TILE_SIZE<ROWS, E_PAD>];
     Stage stages[STAGES];
-    T kept[USES_KEPT ? TILE_SIZE<ROWS, COLS> : 1];
+    T kept[USES_KEPT ? TILE_SIZE<ROWS, COLS> : 8];
+    Walk walk;  // registers have no room for it
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "launch.py and this layout disagree");
 
@@ -119,7 +120,9 @@ KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
     if (task.count <= 0) return;
     const int kv_head = PACKED ? task.h : (int)(task.h / p.group);
     const long long k_at = task.b * p.k.b + kv_head * p.k.h, v_at = task.b * p.v.b + kv_head * p.v.h;
-    const Walk walk = walk_of(p, task.b, task.h, task.row);
+    if (threadIdx.x == 0) shared.walk = walk_of(p, task.b, task.h, task.row);
+    barrier();
+    const Walk& walk = shared.walk;
     const int begin = (int)(walk.tiles * (long long)task.split / p.splits);
     const int end = (int)(walk.tiles * (task.split + 1ll) / p.splits);
     // without a score_mod, scores are powers of two from the start
@@ -162,7 +165,7 @@ KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
             const Tile tile = tile_of(p, walk, item);
             real s[TR][TC] = {};
             product_nt<E_PAD>(s, shared.q, stage.k);
-            if (!GATHER && !tile.ask && tile.count == COLS && task.count == ROWS)
+            if (plain(tile, task))
                 modify<true>(p, task, tile, scale, s, wrong);
             else
                 modify<false>(p, task, tile, scale, s, wrong);

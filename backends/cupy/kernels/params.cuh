@@ -41,3 +41,4 @@ struct Params {
     double floats[SCALARS];
     long long ints[SCALARS];
 };
+static_assert(sizeof(Params) == 8 * PARAMETER_WORDS, "launch.py and this layout disagree");

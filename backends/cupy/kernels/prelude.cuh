@@ -2,7 +2,7 @@
 #pragma once
 // hole: constants
 #ifdef FLEXREF_HOST
-#include "host/cuda_host.h"
+#include "cuda_host.h"
 #else
 #include "device.cuh"
 #endif

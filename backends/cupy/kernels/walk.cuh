@@ -102,3 +102,8 @@ DEVICE int position(const Params& p, const Tile& tile, int c) {
     const long long at = (long long)tile.blocks[c / block] * block + c % block;
     return at < p.list_len ? (int)at : -1;
 }
+
+// Whether every position of a tile is there and allowed.
+DEVICE bool plain(const Tile& tile, const Task& task) {
+    return !GATHER && !tile.ask && tile.count == COLS && task.count == ROWS;
+}

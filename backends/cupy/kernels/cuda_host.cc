@@ -19,7 +19,7 @@ long shared_bytes, bank_conflicts;
 float half_values[65536];
 
 static Warp warps[WARPS_AT_MOST];
-static int threads, waiting, finished;
+static int threads, waiting, finished, step;
 static bool any_now, any_before;
 static char* message;
 static long message_size;
@@ -76,10 +76,11 @@ static void fail(const char* what) {
 // Go on with a fiber that can: of the same warp if possible. None left: the block is done, or stuck.
 static void pass_on() {
     const int me = (int)(self - fibers), warp = me / LANES;
-    for (int w = 0; w < threads / LANES; ++w) {
-        const int base = (warp + w) % (threads / LANES) * LANES;
+    const int warps_here = threads / LANES;
+    for (int w = 0; w < warps_here; ++w) {
+        const int base = (warp + w * step + warps_here) % warps_here * LANES;
         for (int i = 1; i <= LANES; ++i) {
-            Fiber* next = &fibers[base + (me + i) % LANES];
+            Fiber* next = &fibers[base + (me + i * step + LANES) % LANES];
             if (next->state != READY) continue;
             Fiber* from = self;
             if (next == from) return;
@@ -276,20 +277,21 @@ static void run_block() {
     }
     // what nobody wrote is NaN in every type
     memset(shared, 0xff, (unsigned long)shared_bytes);
-    self = &fibers[0];
+    self = &fibers[step > 0 ? 0 : threads - 1];
     jump(0, self);
 }
 
 }  // namespace host
 
-// Run a kernel block after block; what went wrong, if anything, is in `message`. Returns how many reads of matrices met
+// Run a kernel block after block, or `backwards` from the last block and thread; what went wrong, if anything, is in `message`. Returns how many reads of matrices met
 // bank conflicts.
 extern "C" long run(void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, long bytes,
-                    char* message, long message_size) {
+                    int backwards, char* message, long message_size) {
     host::kernel = kernel;
     host::parameters = parameters;
     host::threads = (int)threads;
     host::grid.x = blocks;
+    host::step = backwards ? -1 : 1;
     host::message = message;
     host::message_size = message_size;
     host::shared_bytes = bytes;
@@ -297,7 +299,7 @@ extern "C" long run(void (*kernel)(const void*), const void* parameters, unsigne
     if (host::half_values[1] == 0)
         for (unsigned i = 0; i < 65536; ++i) host::half_values[i] = host::half_value(i);
     for (unsigned i = 0; i < blocks && !*message; ++i) {
-        host::block.x = i;
+        host::block.x = backwards ? blocks - 1 - i : i;
         if (posix_memalign((void**)&host::shared, 128, bytes ? (unsigned long)bytes : 1)) return -1;
         host::run_block();
         free(host::shared);

@@ -1,6 +1,6 @@
 // A GPU's thread block on the CPU: every thread is a fiber that runs until it must wait for others.
 //
-// The functions are those of ../device.cuh. Instructions of a warp are carried out when its last lane has come to them, lane
+// The functions are those of device.cuh. Instructions of a warp are carried out when its last lane has come to them, lane
 // by lane as the PTX manual lays fragments out. Background copies land as late as their thread waits for them in even
 // blocks, at once in odd blocks, so that a missing wait and a buffer that is overwritten too early both show. Lanes that do
 // not meet, matrices outside of shared memory and unaligned copies are errors, not hangs.
