@@ -4,6 +4,7 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,18 +97,22 @@ def backward(
     return launch.backward(problem, tensors, output, grad_out, grad_lse, machine)
 
 
-@lru_cache(maxsize=1)
-def emulated() -> SimpleNamespace:
-    """The same sources compiled by g++ and run on CPU tensors, thread by thread: a backend for the conformance suite."""
+@lru_cache(maxsize=8)
+def emulated(machine: Any = None) -> SimpleNamespace:
+    """The same sources compiled by g++ and run on CPU tensors, thread by thread: a backend for the conformance suite.
+
+    `machine`: another one than the process's own, as tests need it.
+    """
     from flexref.backends.cupy import host, launch
 
     def refused(problem: Problem) -> list[str]:
         reasons = [] if problem.device == "cpu" else [f"the tensors are on {problem.device}, its emulation runs on cpu"]
         return reasons + _unsupported(problem)
 
+    machine = machine or host.machine()
     return SimpleNamespace(
-        name=name, rank=rank, options=options, how="host build", reach=600,
+        name=name, rank=rank, options=options, how="host build", reach=None,
         unavailable=host.unavailable, unsupported=refused,
-        forward=lambda problem, tensors: launch.forward(problem, tensors, host.machine()),
-        backward=lambda problem, tensors, *rest: launch.backward(problem, tensors, *rest, machine=host.machine()),
+        forward=lambda problem, tensors: launch.forward(problem, tensors, machine),
+        backward=lambda problem, tensors, *rest: launch.backward(problem, tensors, *rest, machine=machine),
     )  # fmt: skip

@@ -73,6 +73,7 @@ def _constants(problem: Problem, variant: Variant) -> list[str]:
     """Types and sizes, one a line."""
     tensor_cores = plan.on_tensor_cores(problem)
     list_block = problem.block_size and problem.block_size[0 if "LISTS_OF_QUERIES" in variant.flags else 1]
+    sums, others = _captured_reads(problem) if "CAPTURED" in variant.flags else ([], [])
     numbers = {
         "THREADS": plan.THREADS,
         "ROWS": variant.tiles.rows,
@@ -84,6 +85,7 @@ def _constants(problem: Problem, variant: Variant) -> list[str]:
         "CAPTURED_WORDS": max(1, table_start(problem.captures, len(problem.captures))),
         "SCALARS": scalar_count(problem),
         "PARAMETER_WORDS": parameter_count(problem),
+        "SUMS": max(1, len(sums)),
     }
     truths = {
         "HAS_SCORE": problem.score is not None,
@@ -95,6 +97,8 @@ def _constants(problem: Problem, variant: Variant) -> list[str]:
         "SPLIT": variant.split,
         "USES_KEPT": not tensor_cores,
         "OWN_HEADS_ARE_THE_MASKS": "LISTS_OF_QUERIES" not in variant.flags,
+        "HAS_SUMS": bool(sums),
+        "SERIAL": "ORDERED" in variant.flags and bool(others),
         **{flag: flag in variant.flags for flag in ("DQ", "DK", "DV", "CAPTURED", "ORDERED", "FROM_SUM")},
     }
     real = "double" if problem.acc_dtype == torch.float64 else "float"
@@ -141,17 +145,32 @@ def _score_grad(problem: Problem, variant: Variant) -> list[str]:
     """The derivative, and with the flag CAPTURED an addition for each read of a tensor that wants a gradient."""
     if problem.score is None:
         return ["return grad;"]
-    score, scatter = problem.score, "CAPTURED" in variant.flags
-    wanted = tuple(i for i in score.loads if scatter and problem.captures[int(score.nodes[i].attr)].needs_grad)  # type: ignore[arg-type]
-    graph = derive(score, wanted)
+    sums, others = _captured_reads(problem) if "CAPTURED" in variant.flags else ([], [])
+    graph = derive(problem.score, tuple(sums + others))
     lines, outputs = _emitter(problem, graph, variant.checked).emit(graph, "d", _INPUTS)
     starts = accumulator_starts(problem.captures)
-    for name, value in outputs.items():
-        if name != "score":
-            node = graph.nodes[int(name.removeprefix("load"))]
-            place = _flat_index(problem, name.removeprefix("load"), node, starts[int(node.attr)])  # type: ignore[arg-type]
-            lines.append(f"if (seen) add_atomically(accumulators + {place}, (double){value});")
+    results = [name for name in outputs if name != "score"]
+    for i, name in enumerate(results):
+        node = graph.nodes[int(name.removeprefix("load"))]
+        place = _flat_index(problem, name.removeprefix("load"), node, starts[int(node.attr)])  # type: ignore[arg-type]
+        if i < len(sums):
+            lines += [f"sums.place[{i}] = {place};", f"if (seen) sums.value[{i}] += {outputs[name]};"]
+        else:
+            lines.append(f"if (seen) add_atomically(accumulators + {place}, (double){outputs[name]});")
     return [*lines, f"return {outputs['score']};"]
+
+
+def _captured_reads(problem: Problem) -> tuple[list[int], list[int]]:
+    """The reads of tensors that want a gradient: of the same element in a whole tile, and the others."""
+    graph = problem.score
+    if graph is None:
+        return [], []
+    varies: list[bool] = []
+    for node in graph.nodes:
+        own = node.op == "input" and node.attr not in ("b", "h")
+        varies.append(own or any(varies[a] for a in node.args))
+    wanted = [i for i in graph.loads if problem.captures[int(graph.nodes[i].attr)].needs_grad]  # type: ignore[arg-type]
+    return [i for i in wanted if not varies[i]], [i for i in wanted if varies[i]]
 
 
 def _flat_index(problem: Problem, position: str, node: Node, start: int) -> str:

@@ -11,18 +11,21 @@ DEVICE Statistics statistics_of(const Params& p, int b, int h, int q) {
     return {((const real*)p.row_max)[at], ((const real*)p.log_sum)[at], ((const real*)p.delta)[at]};
 }
 
+// One copy for all, or the thread block's own.
+DEVICE double* accumulators_of(const Params& p) { return p.accumulators + blockIdx.x * p.accumulators_step; }
+
 // `score`, still without scale, becomes the weight, and `grad`, d loss / d weight, becomes d loss / d score: both are
 // exactly 0 where a position is masked. `adds`: whether captured tensors get their part.
 template <bool PLAIN> DEVICE void differentiate(
     const Params& p, real& score, real& grad, const Statistics& row, real scale, int b, int h, int q, int kv, bool there,
-    bool ask, bool adds, int& wrong) {
+    bool ask, bool adds, Sums& sums, int& wrong) {
     const bool allowed = PLAIN || there && (!ask || mask_mod(p, b, h, q, kv, there, wrong));
     const real raw = score * scale, modified = score_mod(p, raw, b, h, q, kv, allowed, wrong);
     const bool seen = allowed && modified != -INFINITE;
     const real distance = HAS_SCORE ? (modified - row.row_max) * LOG2E : modified - row.row_max;
     score = seen ? power_of_2(distance - row.log_sum) : (real)0;
     grad = seen ? score * (grad - row.delta) : (real)0;
-    const real result = score_grad(p, raw, grad, b, h, q, kv, seen && adds, p.accumulators + blockIdx.x * p.accumulators_step);
+    const real result = score_grad(p, raw, grad, b, h, q, kv, seen && adds, accumulators_of(p), sums);
     grad = seen ? result : (real)0;
 }
 

@@ -2,8 +2,8 @@
 // (and, where the batch of keys is shared, of every batch). Scores are transposed: rows are keys, columns are queries.
 //
 // DK, DV, DQ, CAPTURED: what is wanted. DQ is added to p.dq_sum with atomics, as captured gradients are to p.accumulators.
-// ORDERED: a thread block has accumulators of its own, and its threads add to them one after the other, so that the same
-// call gives the same bits. If a result is not finite the tile is walked once more, carefully (R4), adding nothing twice.
+// ORDERED: a thread block has accumulators of its own, and its warps add to them one after the other (SERIAL: its threads),
+// so that the same call gives the same bits. If a result is not finite the tile is walked once more, carefully (R4), adding nothing twice.
 #include "prelude.cuh"
 #include "derivative.cuh"
 #include "backward.cuh"
@@ -45,7 +45,7 @@ DEVICE void load_stage(const Params& p, const Walk& walk, int item, int b, int h
 // PLAIN: every position of the tile is there and allowed.
 template <bool PLAIN> DEVICE void differentiate_tile(
     const Params& p, const Shared& shared, const Tile& tile, const Stage& stage, real scale, bool adds, real (&s)[TR][TC],
-    real (&grad)[TR][TC], int& wrong) {
+    real (&grad)[TR][TC], Sums& sums, int& wrong) {
     const Task& task = shared.task;
 #pragma unroll
     for (int c = 0; c < TC; ++c) {
@@ -56,7 +56,7 @@ template <bool PLAIN> DEVICE void differentiate_tile(
             const int kv = task.first + (PLAIN ? row_of(r) : smaller(row_of(r), task.count - 1));
             const bool there = at >= 0 && row_of(r) < task.count;
             differentiate<PLAIN>(
-                p, s[r][c], grad[r][c], row, scale, shared.b, shared.h, q, kv, there, tile.ask, adds, wrong);
+                p, s[r][c], grad[r][c], row, scale, shared.b, shared.h, q, kv, there, tile.ask, adds, sums, wrong);
         }
     }
 }
@@ -98,13 +98,15 @@ DEVICE void walk_queries(
         real s[TR][TC] = {}, grad[TR][TC] = {};
         product_nt<E_PAD>(s, shared.k, stage.q);
         if (!WEIGHTS_ONLY) product_nt<V_PAD>(grad, shared.v, stage.g);
-        for (int turn = 0; turn < (ORDERED ? THREADS : 1); ++turn) {
-            if (!ORDERED && plain(tile, task))
-                differentiate_tile<true>(p, shared, tile, stage, scale, CAPTURED && !careful, s, grad, wrong);
-            else if (!ORDERED || threadIdx.x == turn)
-                differentiate_tile<false>(p, shared, tile, stage, scale, CAPTURED && !careful, s, grad, wrong);
-            if (ORDERED) barrier();
+        Sums sums = {};
+        for (int turn = 0; turn < (SERIAL ? THREADS : 1); ++turn) {
+            if (!SERIAL && plain(tile, task))
+                differentiate_tile<true>(p, shared, tile, stage, scale, CAPTURED && !careful, s, grad, sums, wrong);
+            else if (!SERIAL || threadIdx.x == turn)
+                differentiate_tile<false>(p, shared, tile, stage, scale, CAPTURED && !careful, s, grad, sums, wrong);
+            if (SERIAL) barrier();
         }
+        if (HAS_SUMS && !careful) add_sums(sums, accumulators_of(p));
         if (careful) {
             if (DV) careful_nn<V_PAD>(dv, s, stage.g, shared.kept, masked_factor);
             if (DK) careful_nn<E_PAD>(dk, grad, stage.q, shared.kept, masked_factor);

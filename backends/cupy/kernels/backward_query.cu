@@ -34,6 +34,7 @@ DEVICE void load_stage(const Params& p, const Walk& walk, int item, long long k_
 template <bool PLAIN> DEVICE void differentiate_tile(
     const Params& p, const Task& task, const Tile& tile, const Statistics (&rows)[TR], real scale, real (&s)[TR][TC],
     real (&grad)[TR][TC], int& wrong) {
+    Sums none = {};
 #pragma unroll
     for (int r = 0; r < TR; ++r) {
         const int q = task.first + (PLAIN ? row_of(r) : smaller(row_of(r), task.count - 1));
@@ -42,7 +43,7 @@ template <bool PLAIN> DEVICE void differentiate_tile(
             const int at = PLAIN ? tile.first + col_of(c) : position(p, tile, col_of(c)), kv = at < 0 ? 0 : at;
             const bool there = at >= 0 && row_of(r) < task.count;
             differentiate<PLAIN>(
-                p, s[r][c], grad[r][c], rows[r], scale, task.b, task.h, q, kv, there, tile.ask, false, wrong);
+                p, s[r][c], grad[r][c], rows[r], scale, task.b, task.h, q, kv, there, tile.ask, false, none, wrong);
         }
     }
 }

@@ -1,0 +1,453 @@
+"""The CuPy engine without a GPU: machine code for each architecture, lane layouts, what the host build must catch."""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flexref.arguments import prepare
+from flexref.autograd import attend
+from flexref.backends import cupy
+from flexref.backends.cupy import cache, emitter, host, kernels_for, launch, plan
+from flexref.backends.cupy.compile_error import CompileError
+from flexref.conformance.cases import Blocks, Case, build
+from flexref.conformance.checks import check_case, run_case
+from flexref.program.template import fill
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL = ("query", "key", "value", "captured")
+NO_COMPILER = host.unavailable()
+needs_compiler = pytest.mark.skipif(bool(NO_COMPILER), reason="; ".join(NO_COMPILER))
+
+
+class Recorder:
+    """A machine that launches nothing: the kernels that a call would run, and their shared memory."""
+
+    processors, shared_limit = 132, plan.SHARED_LIMIT
+
+    def __init__(self):
+        self.texts: list[tuple[str, str]] = []
+        self.shared: dict[str, int] = {}
+
+    def kernel(self, name: str, text: str):
+        self.texts.append((name, text))
+        return lambda blocks, shared, words: self.shared.update({name: shared})
+
+
+def kernels_of(case: Case, **more) -> Recorder:
+    """What a forward and a backward call of this case would launch."""
+    problem, tensors = prepare(**build(case).arguments, **more)
+    recorder = Recorder()
+    output = launch.forward(problem, tensors, recorder)
+    if problem.needs_backward:
+        launch.backward(problem, tensors, output, torch.zeros_like(output.out), None, recorder)
+    return recorder
+
+
+CAUSAL = Case(q_len=512, kv_len=512, head_dim=128, value_dim=128, dtype="bfloat16", mask="q_idx >= kv_idx", wants=ALL)
+DECODE = CAUSAL.but(q_len=1, kv_len=8192, kv_heads=2, group=4, wants=())
+SOFT_CAP = "cap * torch.tanh(score / cap)"
+DEFAULTS = {
+    "bfloat16 128 causal": CAUSAL,
+    "float16 64 soft-cap": CAUSAL.but(dtype="float16", head_dim=64, value_dim=64, score=SOFT_CAP),
+    "bfloat16 128 deterministic": CAUSAL.but(deterministic=True),
+    "bfloat16 decode": DECODE,
+    "float32 64 causal": CAUSAL.but(dtype="float32", head_dim=64, value_dim=64),
+}
+ONLY_ON_90 = {
+    "bfloat16 128 soft-cap": CAUSAL.but(score=SOFT_CAP),
+    "bfloat16 128 ALiBi": CAUSAL.but(score="score + slope[h] * (kv_idx - q_idx)"),
+    "bfloat16 256 causal": CAUSAL.but(head_dim=256, value_dim=256),
+    "bfloat16 80 causal": CAUSAL.but(head_dim=80, value_dim=80),
+    "float64 128 causal": CAUSAL.but(dtype="float64"),
+}
+SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
+BUILDS = [(arch, name) for arch in SHARED for name in DEFAULTS] + [("sm_90a", name) for name in ONLY_ON_90]
+
+
+@pytest.mark.parametrize(("arch", "name"), BUILDS)
+def test_kernels_compile_for_each_architecture_and_spill_nothing(arch, name):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC compiles without a GPU: pip install cuda-bindings nvidia-cuda-nvrtc")
+    from flexref.backends.cupy import nvrtc
+
+    recorder = kernels_of((DEFAULTS | ONLY_ON_90)[name])
+    assert recorder.texts
+    for kernel, text in recorder.texts:
+        cubin, log = nvrtc.compiled(text, kernel, arch, ("--ptxas-options=-v",))
+        assert cubin.startswith(b"\x7fELF") and kernel.encode() in cubin
+        found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", log, re.DOTALL)
+        assert found, log
+        stores, loads, registers = map(int, found.groups())
+        assert (stores, loads) == (0, 0), f"{kernel} for {arch}: {log}"
+        assert registers <= 65536 // plan.THREADS
+        assert recorder.shared[kernel] <= SHARED[arch], f"{kernel}: {recorder.shared[kernel]} bytes of shared memory"
+
+
+def test_the_tensor_cores_are_used_for_halves_and_never_for_float32():
+    halves = "\n".join(text for _, text in kernels_of(CAUSAL).texts)
+    assert "#define TENSOR_CORES 1" in halves and "#define TENSOR_CORES 0" not in halves
+    assert "mma.sync.aligned.m16n8k16" in halves and "ldmatrix.sync" in halves and "cp.async.cg" in halves
+    singles = [text for _, text in kernels_of(CAUSAL.but(dtype="float32")).texts]
+    assert all("using T = real;" in text and "tf32" not in text and "load_matrices(fa" not in text for text in singles)
+
+
+def test_the_architecture_has_its_own_instructions_where_cupys_own_choice_would_not():
+    from flexref.backends.cupy import nvrtc
+
+    assert [nvrtc.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["sm_80", "sm_89", "sm_90a", "sm_100a"]
+    pytest.importorskip("cuda.bindings.nvrtc")
+    wgmma = 'extern "C" __global__ void f() { asm volatile("wgmma.fence.sync.aligned;"); }'
+    assert nvrtc.compiled(wgmma, "f", nvrtc.architecture((9, 0)))[0]
+    with pytest.raises(CompileError, match=r"wgmma|sm_90a|ptxas"):
+        nvrtc.compiled(wgmma, "f", "sm_90")
+
+
+@needs_compiler
+class TestHostBuild:
+    """The same sources through g++; a planted fault in them must fail a case of the suite."""
+
+    def backend(self, machine=None):
+        return cupy.emulated(machine or host.Machine())
+
+    FAULTS = {
+        "swapped fragment lane": ("mma.cuh", "fa[m], fb[0], fb[1]);", "fa[m], fb[1], fb[0]);"),
+        "rows of a fragment swapped": ("mma.cuh", "fa[m][1] = pack(T{}, down[c], down[c + 1]);", "fa[m][1] = pack(T{}, up[c], up[c + 1]);"),
+        "wrong swizzle": ("mma.cuh", "low((side ^ turn<D>(row)) * 8)", "low((side ^ turn<D>(row + 1)) * 8)"),
+        "missing __syncthreads": ("forward.cu", "copy_wait<(STAGES > 2 ? STAGES - 2 : 0)>();\n            barrier();", "copy_wait<(STAGES > 2 ? STAGES - 2 : 0)>();"),
+        "missing wait for copies": ("forward.cu", "copy_wait<(STAGES > 2 ? STAGES - 2 : 0)>();", ""),
+        "copies overtake their readers": ("forward.cu", "const int next = item + STAGES - 1;", "const int next = item + STAGES;"),
+        "tail off by one": ("walk.cuh", "if (c >= tile.count) return -1;", "if (c + 1 >= tile.count) return -1;"),
+        "stale maximum": ("forward.cu", "        row_max[r] = top;\n", ""),
+        "missing rescale": ("forward.cu", "o[r][j] *= shrink[r];", ";"),
+        "careless (R4)": ("forward.cu", "careful < 2; ++careful", "careful < 1; ++careful"),
+        "wrong key head": ("forward.cu", "(int)(task.h / p.group)", "(int)(task.h % p.kv_heads)"),
+        "full blocks dropped": ("walk.cuh", "walk.tiles = walk.partial_tiles + walk.full_blocks * tiles;", "walk.tiles = walk.partial_tiles;"),
+        "mask_mod asked in full blocks": ("walk.cuh", "HAS_MASK && item < walk.partial_tiles", "HAS_MASK"),
+        "gathered blocks shifted": ("walk.cuh", "tile.blocks[c / block] * block", "tile.blocks[c / block] * block + 1"),
+        "a split forgotten": ("combine.cu", "for (int i = 0; i < p.splits; ++i) row_sum", "for (int i = 1; i < p.splits; ++i) row_sum"),
+        "packed heads mixed up": ("forward.cu", "task.h * p.group + at / p.q_len", "task.h * p.group + at % p.group"),
+        "delta without d lse": ("delta.cu", "if (p.lse_grad) sum -=", "if (false) sum -="),
+        "scale left out of d query": ("backward_query.cu", "task, dq, p.head_dim, (real)p.scale);\n}", "task, dq, p.head_dim, (real)1);\n}"),
+        "atomics lose a tile": ("backward_key.cu", "if (DQ && !careful) {", "if (DQ && !careful && item > 0) {"),
+        "d key of one head of the group": ("backward_key.cu", "turn < batches * p.group", "turn < batches"),
+        "careless backward (R4)": ("backward_query.cu", "if (careful)\n", "if (false)\n"),
+        "factors kept without a barrier": ("backward_key.cu", "keep_factors(grad, shared.kept);\n            barrier();", "keep_factors(grad, shared.kept);"),
+        "captured gradient of one warp": ("derivative.cuh", "if ((threadIdx.x & 31) == 0", "if (threadIdx.x == 0"),
+    }  # fmt: skip
+    PROVOKED_BY = [
+        CAUSAL.but(q_len=150, kv_len=170, head_dim=64, value_dim=40, wants=ALL, kv_heads=2, group=2),
+        CAUSAL.but(q_len=70, kv_len=90, head_dim=32, value_dim=32, dtype="float16", values="holes", wants=ALL, score="score * gain"),
+        CAUSAL.but(q_len=97, kv_len=129, head_dim=33, value_dim=64, wants=ALL, mask="(q_idx + kv_idx) % 3 != 0",
+                   blocks=Blocks((16, 16), by_hand=True, heads=True), score="score * slope[h]", kv_heads=2),
+        CAUSAL.but(q_len=150, kv_len=200, head_dim=32, value_dim=32, mask="(q_idx + kv_idx) % 3 != 0",
+                   blocks=Blocks((64, 64), by_hand=True), wants=()),
+        Case(q_len=3, kv_len=600, head_dim=64, value_dim=64, dtype="bfloat16", kv_heads=2, group=3, values="large", max_scores=True),
+        Case(q_len=40, kv_len=37, head_dim=8, score="score * gain", loss="lse", deterministic=True, wants=ALL, kv_batch=1, batch=2),
+    ]  # fmt: skip
+
+    def test_the_sound_kernels_pass_without_bank_conflicts(self):
+        machine = host.Machine()
+        for case in self.PROVOKED_BY:
+            assert check_case(self.backend(machine), case) is not None
+        assert machine.bank_conflicts == 0
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_a_planted_fault_is_caught(self, fault, monkeypatch):
+        file, right, wrong = self.FAULTS[fault]
+        sound = (kernels_for.SOURCES / file).read_text()
+        assert sound.count(right) >= 1, f"{file} no longer has {right!r}"
+        read = Path.read_text
+        monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read(path, *a, **k).replace(right, wrong) if path.name == file else read(path, *a, **k))
+        backend, caught = self.backend(), []
+        for case in self.PROVOKED_BY:
+            try:
+                check_case(backend, case)
+            except (AssertionError, host.HostError) as error:
+                caught.append(error)
+                break
+        assert caught, f"{fault} was not noticed"
+
+    def test_a_nan_in_a_query_row_reaches_no_key_that_the_row_does_not_read(self):
+        # R7 backward; the suite's own cases have NaN in keys, values and captured tensors
+        built = build(CAUSAL.but(q_len=90, kv_len=90, head_dim=32, value_dim=32))
+        results = []
+        for x in (0.0, float("nan")):
+            arguments = {name: built.arguments[name].detach().clone() for name in ("query", "key", "value")}
+            arguments["query"][:, :, 40] = x
+            leaves = [t.requires_grad_() for t in arguments.values()]
+            problem, tensors = prepare(**built.arguments | arguments)
+            out = attend(self.backend(host.machine()), problem, tensors).out
+            results.append(torch.autograd.grad(out.float().sum(), leaves))
+        for zero, strange in zip(*results, strict=True):
+            assert torch.equal(zero[:, :, 41:], strange[:, :, 41:])
+            assert strange[:, :, :41].isnan().any()
+
+    def test_fragments_lie_as_the_manual_says(self):
+        # lane l, g = l / 4, t = 2 (l % 4): a {(g, t), (g+8, t), (g, t+8), (g+8, t+8)} and the next column, b {(t, g), (t+8, g)}
+        # and the next row, c {(g, t), (g, t+1), (g+8, t), (g+8, t+1)}
+        text = kernel_text(
+            """
+    const int g = (threadIdx.x & 31) / 4, t = 2 * (threadIdx.x % 4);
+    const unsigned short* a = (const unsigned short*)p.q.at;
+    const unsigned short* b = (const unsigned short*)p.k.at;
+    float* c = (float*)p.o.at;
+    const auto two = [](const unsigned short* x, int step) { return x[0] | (unsigned)x[step] << 16; };
+    const unsigned fa[4] = {two(a + g * 16 + t, 1), two(a + (g + 8) * 16 + t, 1), two(a + g * 16 + t + 8, 1),
+                            two(a + (g + 8) * 16 + t + 8, 1)};
+    float x[4] = {};
+    multiply(Q{}, x[0], x[1], x[2], x[3], fa, two(b + t * 8 + g, 8), two(b + (t + 8) * 8 + g, 8));
+    if (threadIdx.x >= 32) return;
+    for (int i = 0; i < 4; ++i) c[(g + 8 * (i / 2)) * 8 + t + i % 2] = x[i];
+"""
+        )
+        for dtype in (torch.float16, torch.bfloat16):
+            a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.zeros(16, 8)
+            run_alone(text(dtype), q=a, k=b, o=c)
+            torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
+
+    @pytest.mark.parametrize("transposed", (False, True))
+    def test_matrices_are_read_as_the_manual_says(self, transposed):
+        word = "load_matrices" + "_transposed" * transposed
+        text = kernel_text(
+            f"""
+    unsigned short* shared = (unsigned short*)shared_memory();
+    if (threadIdx.x == 0)
+        for (int i = 0; i < 256; ++i) shared[i] = ((const unsigned short*)p.q.at)[i];
+    barrier();
+    unsigned x[4];
+    {word}(x, shared + (threadIdx.x & 31) * 8);
+    if (threadIdx.x >= 32) return;
+    for (int i = 0; i < 4; ++i) ((unsigned*)p.o.at)[threadIdx.x * 4 + i] = x[i];
+"""
+        )
+        matrices = torch.arange(256, dtype=torch.int16).view(4, 8, 8)
+        found = torch.zeros(32, 4, 2, dtype=torch.int16)
+        run_alone(text(torch.float16), shared=512, q=matrices, o=found)
+        wanted = matrices.mT if transposed else matrices
+        # lane l of matrix i: row l / 4, columns 2 (l % 4) and the next
+        assert torch.equal(found, wanted.reshape(4, 32, 2).transpose(0, 1))
+
+    def test_halves_are_rounded_as_pytorch_rounds(self):
+        bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+        around = torch.tensor([65519.0, 65520.0, 5.96e-8, 2.98e-8, 2.9802322e-8, 6.1e-5, 0.0, -0.0, 1e-40, 3.4e38, float("inf")])
+        x = torch.cat([bits.view(torch.float32), around, -around])
+        text = kernel_text(
+            """
+    for (long long i = threadIdx.x; i < p.q_len; i += THREADS) {
+        Q y;
+        narrow(y, ((const float*)p.q.at)[i]);
+        ((Q*)p.o.at)[i] = y;
+        ((float*)p.dq.at)[i] = widen(y);
+        const unsigned two = pack(y, ((const float*)p.q.at)[i], 1.0f);
+        ((unsigned short*)p.dk.at)[i] = (unsigned short)two;
+    }
+"""
+        )
+        for dtype in (torch.float16, torch.bfloat16):
+            rounded, packed, back = torch.empty(len(x), dtype=dtype), torch.empty(len(x), dtype=dtype), torch.empty(len(x))
+            run_alone(text(dtype), q=x, o=rounded, dk=packed, dq=back, q_len=len(x))
+            torch.testing.assert_close(rounded, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(packed, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(back, x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize(
+        ("body", "what"),
+        [
+            ("if (threadIdx.x & 1) across(1.0f, 1);", "never come"),
+            ("if (threadIdx.x & 1) across(1.0f, 1); else warp_barrier();", "different instructions"),
+            ("if (threadIdx.x < 64) barrier();", "never come"),
+            ("unsigned x[4]; load_matrices(x, shared_memory() + 8);", "unaligned"),
+            ("unsigned x[4]; load_matrices(x, shared_memory() + 512 * (threadIdx.x / 31 % 2));", "outside of shared memory"),
+            ("copy_async(shared_memory() + 512, (void*)p.q.at, true);", "outside of shared memory"),
+            ("copy_async(shared_memory(), (char*)p.q.at + 2, true);", "no multiple of 16"),
+        ],
+    )
+    def test_what_a_gpu_leaves_undefined_is_an_error(self, body, what):
+        text = kernel_text(body)
+        with pytest.raises(host.HostError, match=what):
+            run_alone(text(torch.float16), shared=512, q=torch.zeros(64, dtype=torch.float16))
+
+    def test_deterministic_is_the_same_in_any_order_of_threads_and_atomic_is_not(self):
+        case = Case(q_len=130, kv_len=150, kv_heads=2, group=2, head_dim=16, wants=ALL, seed=3)
+        case = case.but(score="score * gain + slope[h] * (kv_idx - q_idx) + rel[q_idx - kv_idx]")
+        machine = host.Machine()
+        backend = self.backend(machine)
+        for deterministic in (True, False):
+            both = []
+            for machine.backwards in (False, True):
+                ran = check_case(backend, case.but(deterministic=deterministic))
+                assert ran is not None
+                both.append(ran.results)
+            differ = {name for name, x in both[0].items() if not torch.equal(x, both[1][name])}
+            assert bool(differ) is not deterministic, f"deterministic={deterministic}: {differ or 'nothing'} differs"
+        # forward, key's and value's gradients never depend on the order
+        assert differ == {"grad query", "grad gain", "grad slope", "grad rel"} & differ and "grad query" in differ
+
+    def test_one_kernel_serves_every_length_batch_and_number(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+        machine = host.Machine()
+        backend = self.backend(machine)
+        # shift is a captured number; reads of length[b] are safe at any batch
+        case = Case(mask="(q_idx + shift >= kv_idx) & (kv_idx < length[b])", score="score * 0.5", q_len=20, kv_len=70)
+        for i, scale in enumerate((None, 0.3, -1.0, 2.5)):
+            assert check_case(backend, case.but(scale=scale, q_len=20 + i, kv_len=70 + 13 * i, batch=1 + i, kv_heads=1 + i % 2))
+        q, number = torch.randn(1, 1, 20, 8), []
+        for number in (1.5, 2.5, 3.5):
+            def soft(score, b, h, q_idx, kv_idx, number=number):
+                return score + number * 0.1 * kv_idx
+
+            problem, tensors = prepare(q, q, q, soft)
+            backend.forward(problem, tensors)
+        # the fibers, a forward kernel of each program; the second program's number is not in its source
+        assert machine.builds == 3
+
+    def test_a_compile_error_shows_the_source_and_the_mod(self, monkeypatch):
+        monkeypatch.setitem(emitter.CudaEmitter.spell, "tanh", "no_such_function({0})")
+        with pytest.raises(CompileError) as caught:
+            run_case(self.backend(), Case(score="torch.tanh(score)"))
+        assert re.search(r"no_such_function.*\nline \d+, in what came from score_mod:\n(.*\n)*> +\d+ .*no_such_function", str(caught.value))
+
+    def test_a_second_machine_finds_what_the_first_compiled(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+        first, second = host.Machine(), host.Machine()
+        for machine in (first, second):
+            run_case(self.backend(machine), Case())
+        assert (first.builds, second.builds) == (2, 0)
+
+
+def test_a_folder_that_others_can_write_is_not_used(tmp_path):
+    (tmp_path / "cupy").mkdir(mode=0o777)
+    (tmp_path / "cupy").chmod(0o777)
+    with pytest.warns(cache.CacheWarning, match="writable by others"):
+        assert not cache._checked_folder(str(tmp_path)).is_relative_to(tmp_path)
+
+
+def kernel_text(body: str):
+    """A kernel named `alone` with this body, for halves of the given dtype."""
+
+    def of(dtype: torch.dtype) -> str:
+        x = torch.zeros(1, 1, 16, 32, dtype=dtype)
+        problem, _ = prepare(x, x, x)
+        variant = kernels_for.Variant(plan.Tiles(64, 32, 1), 0)
+        holes = {"constants": kernels_for._constants(problem, variant), "mask_mod": ["return true;"], "score_mod": ["return score;"]}
+        return fill(kernels_for.source("prelude.cuh") + f"KERNEL alone(PARAMETERS) {{\n{body}\n}}\n", holes)
+
+    return of
+
+
+def run_alone(text: str, shared: int = 0, q_len: int = 0, **tensors: torch.Tensor) -> None:
+    """Run the kernel `alone` with one thread block; tensors by the names of Params."""
+    places = kernels_for.parameter_words()
+    x = torch.zeros(1, 1, 16, 32, dtype=torch.float16)
+    words = np.zeros(kernels_for.parameter_count(prepare(x, x, x)[0]), np.int64)
+    words[places["q_len"][0]] = q_len
+    for name, tensor in tensors.items():
+        words[places[name][0]] = tensor.data_ptr()
+    host.machine().kernel("alone", text)(1, shared, words)
+
+
+OPTIONS = [
+    ("bfloat16", {"q_tile": 32}, "q_tile must be 64 or 128, got 32"),
+    ("float32", {"q_tile": 40}, "q_tile must be a multiple of 16 up to 128, got 40"),
+    ("bfloat16", {"kv_tile": "64"}, "kv_tile must be a multiple of 32 up to 128, got '64'"),
+    ("float16", {"stages": True}, "stages must be 1, 2, 3 or 4, got True"),
+    ("float16", {"splits": 0}, "splits must be 1 to 1024, got 0"),
+    ("float64", {"q_tile": 128, "kv_tile": 128, "stages": 4}, "more than 166912 bytes of shared memory"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options", "reason"), OPTIONS)
+def test_wrong_options_are_reasons(dtype, options, reason):
+    built = build(Case(dtype=dtype, head_dim=64, value_dim=64))
+    problem, _ = prepare(**built.arguments, options=options)
+    assert any(reason in text for text in cupy.unsupported(problem)), cupy.unsupported(problem)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{"q_tile": 64, "kv_tile": 96, "stages": 3}, {"q_tile": 128, "kv_tile": 64, "stages": 1}, {"splits": 3}])
+def test_every_tile_gives_the_same_meaning(options):
+    from flexref.conformance.compare import expectations
+
+    built = build(CAUSAL.but(q_len=150, kv_len=270, head_dim=64, value_dim=64, wants=(), kv_heads=2))
+    problem, tensors = prepare(**built.arguments, options=options)
+    backend = cupy.emulated()
+    assert backend.unsupported(problem) == []
+    output, wanted = backend.forward(problem, tensors), expectations(built.call)
+    wanted["out"].judge(output.out)
+    wanted["lse"].judge(output.lse)
+
+
+def test_what_it_refuses_and_what_it_lacks():
+    x = torch.zeros(1, 1, 4, 300)
+    problem, _ = prepare(x, x, x)
+    assert [r for r in cupy.unsupported(problem) if "at most 256" in r] and "the tensors are on cpu" in cupy.unsupported(problem)[0]
+    if not torch.cuda.is_available():
+        assert any("GPU" in reason for reason in cupy.unavailable())
+
+
+SANITIZED = """
+import ctypes, sys
+from flexref.backends import cupy
+from flexref.backends.cupy import host, kernels_for
+from flexref.conformance.cases import Blocks, Case
+from flexref.conformance.checks import run_case
+old, new = sys.argv[1:3]
+sound = kernels_for.source
+kernels_for.source = lambda name: sound(name).replace(old, new) if old else sound(name)
+ALL = ("query", "key", "value", "captured")
+for case in (
+    Case(q_len=70, kv_len=90, head_dim=40, value_dim=33, dtype="bfloat16", mask="q_idx >= kv_idx", wants=ALL, score="score + bias[h, q_idx, kv_idx]"),
+    Case(q_len=33, kv_len=50, head_dim=32, dtype="float16", blocks=Blocks((7, 5), by_hand=True), mask="kv_idx >= 0", wants=ALL),
+    Case(q_len=2, kv_len=300, head_dim=16, dtype="float16", kv_heads=2, group=2),
+    Case(q_len=40, kv_len=37, head_dim=9, value_dim=3, score="score + row[q_idx] * col[b, kv_idx]", wants=ALL, layouts=("offset", "step", "columns"), deterministic=True),
+):
+    run_case(cupy.emulated(), case)
+print("no fault")
+"""
+
+
+def sanitized(old: str = "", new: str = "") -> subprocess.CompletedProcess:
+    """Cases whose kernels, with `old` made `new`, run under the address sanitizer, in a process of their own."""
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    environment = os.environ | {
+        "LD_PRELOAD": str(Path(library).resolve()),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "FLEXREF_CUPY_HOST_FLAGS": "-fsanitize=address",
+        "PYTHONPATH": str(ROOT),
+        "CXX": "g++",
+    }
+    return subprocess.run([sys.executable, "-c", SANITIZED, old, new], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+def has_sanitizer() -> bool:
+    if shutil.which("g++") is None:
+        return False
+    path = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    return os.path.isabs(path) and os.path.exists(path)
+
+
+@pytest.mark.skipif(not has_sanitizer(), reason="g++ has no address sanitizer here: install libasan")
+class TestAddressSanitizer:
+    def test_no_kernel_reads_or_writes_outside(self):
+        done = sanitized()
+        assert done.returncode == 0 and "no fault" in done.stdout, done.stderr[-3000:]
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("p.list_len - tile.first)", "p.list_len - tile.first + 1)"),
+            ("if (row_of(r) >= task.count) continue;", "if (row_of(r) > task.count) continue;"),
+            ("stage.rows[c] = at < 0", "stage.rows[c + COLS] = at < 0"),
+        ],
+        ids=["a key past the end", "an output row past the end", "shared memory past the end"],
+    )
+    def test_an_access_outside_is_caught(self, old, new):
+        done = sanitized(old, new)
+        assert done.returncode != 0 and "AddressSanitizer" in done.stderr, done.stdout + done.stderr[-2000:]
