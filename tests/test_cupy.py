@@ -91,11 +91,16 @@ def test_kernels_compile_for_each_architecture_and_spill_nothing(arch, name):
 
 
 def test_the_tensor_cores_are_used_for_halves_and_never_for_float32():
-    halves = "\n".join(text for _, text in kernels_of(CAUSAL).texts)
-    assert "#define TENSOR_CORES 1" in halves and "#define TENSOR_CORES 0" not in halves
-    assert "mma.sync.aligned.m16n8k16" in halves and "ldmatrix.sync" in halves and "cp.async.cg" in halves
-    singles = [text for _, text in kernels_of(CAUSAL.but(dtype="float32")).texts]
-    assert all("using T = real;" in text and "tf32" not in text and "load_matrices(fa" not in text for text in singles)
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    for dtype, wanted in (("bfloat16", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"), ("float32", "")):
+        for name, text in kernels_of(CAUSAL.but(dtype=dtype)).texts:
+            _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"", 0, [], [])
+            nvrtc.nvrtcCompileProgram(program, 2, [b"--gpu-architecture=compute_90", b"--std=c++17"])
+            ptx = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
+            nvrtc.nvrtcGetPTX(program, ptx)
+            assert ptx.count(b"fma.rn.f32") or name in ("delta", "combine") or wanted
+            assert wanted.encode() in ptx if wanted and name != "delta" else b"mma." not in ptx
+            assert b"tf32" not in ptx and (b"cp.async.cg" in ptx or name == "delta")
 
 
 def test_the_architecture_has_its_own_instructions_where_cupys_own_choice_would_not():
@@ -127,7 +132,7 @@ class TestHostBuild:
         "stale maximum": ("forward.cu", "        row_max[r] = top;\n", ""),
         "missing rescale": ("forward.cu", "o[r][j] *= shrink[r];", ";"),
         "careless (R4)": ("forward.cu", "careful < 2; ++careful", "careful < 1; ++careful"),
-        "wrong key head": ("forward.cu", "(int)(task.h / p.group)", "(int)(task.h % p.kv_heads)"),
+        "wrong key head": ("forward.cu", "task.h / (int)p.group;", "task.h % (int)p.kv_heads;"),
         "full blocks dropped": ("walk.cuh", "walk.tiles = walk.partial_tiles + walk.full_blocks * tiles;", "walk.tiles = walk.partial_tiles;"),
         "mask_mod asked in full blocks": ("walk.cuh", "HAS_MASK && item < walk.partial_tiles", "HAS_MASK"),
         "gathered blocks shifted": ("walk.cuh", "tile.blocks[c / block] * block", "tile.blocks[c / block] * block + 1"),
@@ -186,7 +191,7 @@ class TestHostBuild:
             out = attend(self.backend(host.machine()), problem, tensors).out
             results.append(torch.autograd.grad(out.float().sum(), leaves))
         for zero, strange in zip(*results, strict=True):
-            assert torch.equal(zero[:, :, 41:], strange[:, :, 41:])
+            torch.testing.assert_close(zero[:, :, 41:], strange[:, :, 41:], rtol=2e-2, atol=2e-2)
             assert strange[:, :, :41].isnan().any()
 
     def test_fragments_lie_as_the_manual_says(self):
@@ -276,7 +281,7 @@ class TestHostBuild:
 
     def test_deterministic_is_the_same_in_any_order_of_threads_and_atomic_is_not(self):
         case = Case(q_len=130, kv_len=150, kv_heads=2, group=2, head_dim=16, wants=ALL, seed=3)
-        case = case.but(score="score * gain + slope[h] * (kv_idx - q_idx) + rel[q_idx - kv_idx]")
+        case = case.but(score="score * gain + slope[h] * 0.01 * (kv_idx - q_idx) + rel[q_idx - kv_idx]")
         machine = host.Machine()
         backend = self.backend(machine)
         for deterministic in (True, False):
@@ -298,10 +303,10 @@ class TestHostBuild:
         case = Case(mask="(q_idx + shift >= kv_idx) & (kv_idx < length[b])", score="score * 0.5", q_len=20, kv_len=70)
         for i, scale in enumerate((None, 0.3, -1.0, 2.5)):
             assert check_case(backend, case.but(scale=scale, q_len=20 + i, kv_len=70 + 13 * i, batch=1 + i, kv_heads=1 + i % 2))
-        q, number = torch.randn(1, 1, 20, 8), []
+        q = torch.randn(1, 1, 20, 8)
         for number in (1.5, 2.5, 3.5):
             def soft(score, b, h, q_idx, kv_idx, number=number):
-                return score + number * 0.1 * kv_idx
+                return score + number * kv_idx
 
             problem, tensors = prepare(q, q, q, soft)
             backend.forward(problem, tensors)
@@ -312,7 +317,7 @@ class TestHostBuild:
         monkeypatch.setitem(emitter.CudaEmitter.spell, "tanh", "no_such_function({0})")
         with pytest.raises(CompileError) as caught:
             run_case(self.backend(), Case(score="torch.tanh(score)"))
-        assert re.search(r"no_such_function.*\nline \d+, in what came from score_mod:\n(.*\n)*> +\d+ .*no_such_function", str(caught.value))
+        assert re.search(r"line \d+, in what came from score_mod:\n(.*\n)*> +\d+ +const real v1 = no_such_function\(score\);", str(caught.value))
 
     def test_a_second_machine_finds_what_the_first_compiled(self, monkeypatch, tmp_path):
         monkeypatch.setattr(cache, "folder", lambda: tmp_path)

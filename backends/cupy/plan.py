@@ -15,8 +15,8 @@ SHARED_LIMIT = 163 * 1024
 SHORT = 16
 
 
-# Walk of walk.cuh; and with it Task, a batch and a head
-_WALK_BYTES, _TASK_BYTES = 32, 64
+# Task and Walk of walk.cuh; and with them a batch and a head
+_WALK_BYTES, _TASK_BYTES = 56, 64
 
 
 @dataclass(frozen=True)

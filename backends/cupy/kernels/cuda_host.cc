@@ -283,8 +283,8 @@ static void run_block() {
 
 }  // namespace host
 
-// Run a kernel block after block, or `backwards` from the last block and thread; what went wrong, if anything, is in `message`. Returns how many reads of matrices met
-// bank conflicts.
+// Run a kernel block after block, or `backwards` from the last block and thread; what went wrong, if anything, is in
+// `message`. Returns how many reads of matrices met bank conflicts.
 extern "C" long run(void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, long bytes,
                     int backwards, char* message, long message_size) {
     host::kernel = kernel;

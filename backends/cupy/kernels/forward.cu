@@ -12,7 +12,9 @@ struct alignas(128) Shared {
     T q[TILE_SIZE<ROWS, E_PAD>];
     Stage stages[STAGES];
     T kept[USES_KEPT ? TILE_SIZE<ROWS, COLS> : 8];
-    Walk walk;  // registers have no room for it
+    // what registers have no room for
+    Task task;
+    Walk walk;
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "launch.py and this layout disagree");
 
@@ -76,21 +78,22 @@ DEVICE void soften(real (&s)[TR][TC], real (&row_max)[TR], real (&row_sum)[TR], 
         for (int j = 0; j < HELD<V_PAD>; ++j) o[r][j] *= shrink[r];
 }
 
-DEVICE void load_stage(const Params& p, const Walk& walk, int item, long long k_at, long long v_at, Stage& stage) {
+DEVICE void load_stage(const Params& p, const Task& task, const Walk& walk, int item, Stage& stage) {
     const Tile tile = tile_of(p, walk, item);
+    const int kv_head = PACKED ? task.h : task.h / (int)p.group;
     load_tile<COLS, E_PAD>(stage.k, p.k, K{}, (int)p.head_dim, [&](int row) {
         const int at = position(p, tile, row);
-        return at < 0 ? -1ll : k_at + at * p.k.row;
+        return at < 0 ? -1ll : task.b * p.k.b + kv_head * p.k.h + at * p.k.row;
     });
     load_tile<COLS, V_PAD>(stage.v, p.v, V{}, (int)p.value_dim, [&](int row) {
         const int at = position(p, tile, row);
-        return at < 0 ? -1ll : v_at + at * p.v.row;
+        return at < 0 ? -1ll : task.b * p.v.b + kv_head * p.v.h + at * p.v.row;
     });
 }
 
 // Divide by the sum and write: rows of out, lse, max_scores, and what backward wants; or, of a split, what combine wants.
 DEVICE void write(
-    const Params& p, const Task& task, long long id, real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][HELD<V_PAD>]) {
+    const Params& p, const Task& task, real (&row_max)[TR], real (&row_sum)[TR], real (&o)[TR][HELD<V_PAD>]) {
 #pragma unroll
     for (int r = 0; r < TR; ++r) {
         if (row_of(r) >= task.count) continue;
@@ -116,13 +119,14 @@ DEVICE void write(
 
 KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
     Shared& shared = *(Shared*)shared_memory();
-    const Task task = task_of(p, blockIdx.x, (int)p.batch, (int)(PACKED ? p.kv_heads : p.q_heads));
-    if (task.count <= 0) return;
-    const int kv_head = PACKED ? task.h : (int)(task.h / p.group);
-    const long long k_at = task.b * p.k.b + kv_head * p.k.h, v_at = task.b * p.v.b + kv_head * p.v.h;
-    if (threadIdx.x == 0) shared.walk = walk_of(p, task.b, task.h, task.row);
+    if (threadIdx.x == 0) {
+        shared.task = task_of(p, blockIdx.x, (int)p.batch, (int)(PACKED ? p.kv_heads : p.q_heads));
+        shared.walk = walk_of(p, shared.task.b, shared.task.h, shared.task.row);
+    }
     barrier();
+    const Task& task = shared.task;
     const Walk& walk = shared.walk;
+    if (task.count <= 0) return;
     const int begin = (int)(walk.tiles * (long long)task.split / p.splits);
     const int end = (int)(walk.tiles * (task.split + 1ll) / p.splits);
     // without a score_mod, scores are powers of two from the start
@@ -144,21 +148,21 @@ KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
             for (int j = 0; j < HELD<V_PAD>; ++j) o[r][j] = 0;
         }
         for (int ahead = 0; ahead < STAGES - 1; ++ahead) {
-            if (begin + ahead < end) load_stage(p, walk, begin + ahead, k_at, v_at, shared.stages[ahead]);
+            if (begin + ahead < end) load_stage(p, task, walk, begin + ahead, shared.stages[ahead]);
             copy_commit();
         }
         for (int item = begin; item < end; ++item) {
             Stage& stage = shared.stages[(item - begin) % STAGES];
             if (STAGES == 1) {
                 barrier();
-                load_stage(p, walk, item, k_at, v_at, stage);
+                load_stage(p, task, walk, item, stage);
                 copy_commit();
             }
             copy_wait<(STAGES > 2 ? STAGES - 2 : 0)>();
             barrier();
             if (STAGES > 1) {
                 const int next = item + STAGES - 1;
-                if (next < end) load_stage(p, walk, next, k_at, v_at, shared.stages[(next - begin) % STAGES]);
+                if (next < end) load_stage(p, task, walk, next, shared.stages[(next - begin) % STAGES]);
                 copy_commit();
             }
             if (idle) continue;
@@ -185,6 +189,6 @@ KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
         copy_wait<0>();
         if (!any_thread(strange)) break;
     }
-    write(p, task, blockIdx.x, row_max, row_sum, o);
+    write(p, task, row_max, row_sum, o);
     if (CHECKED && wrong) *p.wrong = 1;
 }

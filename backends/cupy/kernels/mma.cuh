@@ -66,7 +66,7 @@ template <int D> DEVICE void product_nt(real (&s)[TR][TC], const T* a, const T* 
     const Cursor<D> left(a, first_row_of_warp() + (lane() & 15), lane() >> 4);
     const Cursor<D> right(b, (lane() >> 4) * 8 + (lane() & 7), (lane() >> 3) & 1);
 // not all of it: registers that hold places run out
-#pragma unroll(D > 128 ? 2 : 4)
+#pragma unroll(D > 128 || SLABS > 1 ? 2 : 4)
     for (int k = 0; k < D / 16; ++k) {
         unsigned fa[SLABS][4];
 #pragma unroll
