@@ -36,6 +36,11 @@ class Variant:
     flags: tuple[str, ...] = ()
 
 
+def read(name: str) -> str:
+    """One file of kernels/."""
+    return (SOURCES / name).read_text()
+
+
 def source(name: str) -> str:
     """The file `name` with the headers that it includes in their place, each once."""
     seen: set[str] = set()
@@ -45,10 +50,10 @@ def source(name: str) -> str:
         if inner in seen:
             return ""
         seen.add(inner)
-        text = (SOURCES / inner).read_text().replace("#pragma once\n", "")
+        text = read(inner).replace("#pragma once\n", "")
         return f"// {inner}\n" + _INCLUDE.sub(included, text)
 
-    return _INCLUDE.sub(included, (SOURCES / name).read_text())
+    return _INCLUDE.sub(included, read(name))
 
 
 @lru_cache(maxsize=4096)
@@ -194,7 +199,7 @@ def accumulator_starts(captures: tuple[Capture, ...]) -> list[int]:
 @lru_cache(maxsize=4)
 def parameter_words() -> dict[str, tuple[int, int]]:
     """Where each member of Params stands: {name: (first word, words)}; the arrays at its end are not among them."""
-    text = re.sub(r"//.*", "", (SOURCES / "params.cuh").read_text())
+    text = re.sub(r"//.*", "", read("params.cuh"))
     tensor, params = (re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL).group(1) for name in ("Tensor", "Params"))  # type: ignore[union-attr]
     tensor_words, places, word = len(_names(tensor)), {}, 0
     for declaration in params.split(";"):
