@@ -1,12 +1,16 @@
 """The CuPy engine without a GPU: machine code for each architecture, lane layouts, what the host build must catch."""
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -357,6 +361,75 @@ def run_alone(text: str, shared: int = 0, q_len: int = 0, **tensors: torch.Tenso
     for name, tensor in tensors.items():
         words[places[name][0]] = tensor.data_ptr()
     host.machine().kernel("alone", text)(1, shared, words)
+
+
+class Device(contextlib.nullcontext):
+    attributes = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 227 * 1024}
+
+
+class StandIn:
+    """What device.py uses of CuPy; launches are kept instead of made."""
+
+    def __init__(self):
+        self.launches: list[tuple] = []
+        self.asked_for_shared: list[int] = []
+        self.devices: list[int] = []
+        self.cuda = SimpleNamespace(Device=self.device, Stream=SimpleNamespace(from_external=lambda x: x.__cuda_stream__()[1]))
+
+    def device(self, index: int):
+        self.devices.append(index)
+        return Device()
+
+    def RawModule(self, *, path: str):
+        assert Path(path).read_bytes().startswith(b"\x7fELF")
+
+        def get_function(name: str):
+            assert name.encode() in Path(path).read_bytes()
+            kernel = RawKernel()
+            kernel.kernel = lambda grid, block, arguments, shared, stream: self.launches.append(
+                (name, grid, block, arguments, shared, stream)
+            )
+            return kernel
+
+        asked = self.asked_for_shared
+
+        class RawKernel:
+            kernel: Any
+
+            def __setattr__(self, name, value):
+                if name == "max_dynamic_shared_size_bytes":
+                    asked.append(value)
+                object.__setattr__(self, name, value)
+
+        return SimpleNamespace(get_function=get_function)
+
+
+def test_a_launch_goes_to_torchs_stream_with_its_parameters_by_value(monkeypatch, tmp_path):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    cupy_itself = StandIn()
+    monkeypatch.setitem(sys.modules, "cupy", cupy_itself)
+    # under a name of its own, so that nobody else gets the module with the stand-in
+    spec = importlib.util.spec_from_file_location("device_alone", Path(cupy.__file__).parent / "device.py")
+    assert spec and spec.loader
+    device = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(device)
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=1000 + index))
+    problem, tensors = prepare(**build(CAUSAL.but(wants=())).arguments)
+    for machine in (device.Machine(1), device.Machine(1)):
+        launch.forward(problem, tensors, machine)
+    assert machine.architecture == "sm_90a" and set(cupy_itself.devices) == {1}
+    assert len(list(tmp_path.iterdir())) == 1, "the second machine has compiled again"
+    tiles = plan.forward_tiles(problem, machine.shared_limit)
+    for name, grid, block, arguments, shared, stream in cupy_itself.launches:
+        assert (name, grid, block, stream) == ("forward", (4,), (128,), 1001)
+        assert shared == plan.forward_bytes(problem, tiles) > 48 * 1024
+        (words,) = arguments
+        assert words.shape == (1,) and words.nbytes == 8 * kernels_for.parameter_count(problem)
+        at, _ = kernels_for.parameter_words()["q"]
+        assert words["words"][0, at] == tensors.query.data_ptr()
+    assert cupy_itself.asked_for_shared == [shared, shared]
 
 
 OPTIONS = [
