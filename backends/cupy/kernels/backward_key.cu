@@ -120,6 +120,7 @@ DEVICE void walk_queries(
             add_to_query(p, tile, shared.b, shared.h, shared.kept, shared.k);
         }
     }
+    copy_commit();
     copy_wait<0>();
 }
 

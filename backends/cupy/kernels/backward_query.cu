@@ -122,6 +122,7 @@ KERNEL __launch_bounds__(THREADS, 1) backward_query(PARAMETERS) {
             else
                 product_nn<E_PAD>(dq, grad, stage.k, shared.kept);
         }
+        copy_commit();
         copy_wait<0>();
         if (!any_thread(not_finite(dq))) break;
     }

@@ -138,8 +138,15 @@ static void load(Fiber* lanes, bool transposed) {
 
 static float value(unsigned short bits, bool half) { return half ? half_values[bits] : float_of((unsigned)bits << 16); }
 
+// Tensor cores cut sums off where other units round them.
+static float cut_off(double x) {
+    const float y = (float)x;
+    return (x > 0 ? y > x : y < x) && y - y == 0 ? float_of(bits_of(y) - 1) : y;
+}
+
 __attribute__((optimize("O3"))) static void multiply(Fiber* lanes, bool half) {
-    float a[16][16], b[16][8], c[16][8];
+    float a[16][16], b[16][8];
+    double c[16][8];
     for (int i = 0; i < LANES; ++i) {
         const int g = i / 4, t = 2 * (i % 4);
         const unsigned* x = (const unsigned*)lanes[i].meeting.in;
@@ -153,10 +160,10 @@ __attribute__((optimize("O3"))) static void multiply(Fiber* lanes, bool half) {
     }
     for (int i = 0; i < 16; ++i)
         for (int k = 0; k < 16; ++k)
-            for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+            for (int j = 0; j < 8; ++j) c[i][j] += (double)a[i][k] * b[k][j];
     for (int i = 0; i < LANES; ++i) {
         float** z = (float**)lanes[i].meeting.out;
-        for (int r = 0; r < 4; ++r) *z[r] = c[i / 4 + 8 * (r >> 1)][2 * (i % 4) + (r & 1)];
+        for (int r = 0; r < 4; ++r) *z[r] = cut_off(c[i / 4 + 8 * (r >> 1)][2 * (i % 4) + (r & 1)]);
     }
 }
 

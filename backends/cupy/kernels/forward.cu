@@ -186,6 +186,7 @@ KERNEL __launch_bounds__(THREADS, 1) forward(PARAMETERS) {
 #pragma unroll
             for (int j = 0; j < HELD<V_PAD>; ++j) strange |= !(o[r][j] - o[r][j] == 0);
         }
+        copy_commit();
         copy_wait<0>();
         if (!any_thread(strange)) break;
     }
