@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,11 @@ from flexref.backends.cupy import cache, emitter, host, kernels_for, launch, pla
 from flexref.backends.cupy.compile_error import CompileError
 from flexref.conformance.cases import Blocks, Case, build
 from flexref.conformance.checks import check_case, run_case
+from flexref.problem import Capture, Problem
+from flexref.program.builder import Builder, Ref
+from flexref.program.ops import OPS
 from flexref.program.template import fill
+from flexref.program.trace import trace
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = ("query", "key", "value", "captured")
@@ -222,6 +228,45 @@ class TestHostBuild:
             run_alone(text(dtype), q=a, k=b, o=c)
             torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
 
+    @pytest.mark.parametrize("real", (torch.float32, torch.float64))
+    def test_every_operation_means_what_pytorch_means(self, real):
+        random = torch.Generator().manual_seed(0)
+        n = 400
+        special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e-30, 0.5, -1.5, 2.5], dtype=real)
+        x, y = (torch.cat([3 * torch.randn(n, generator=random).to(real), special.roll(i)]) for i in (0, 3))
+        n += len(special)
+        i = torch.randint(-(10**6), 10**6, (n,), generator=random)
+        j = torch.randint(1, 60, (n,), generator=random)
+        flags = torch.rand(2, n, generator=random) < 0.5
+        values = {"float": (x, y, x), "int": (i, j, i), "bool": (*flags, flags[0])}
+        tensors = [t for group in values.values() for t in group]
+        captures = tuple(Capture(f"t{k}", t.dtype, (n,)) for k, t in enumerate(tensors))
+        printer = emitter.CudaEmitter(captures, safe=frozenset((k, 0) for k in range(9)))
+        body, wanted = [], {}
+        for op, number in [(op, number) for op, row in OPS.items() for number in numbers_of(row.signature)]:
+            names = {"f": "float", "i": "int", "b": "bool", "n": number, "t": number}
+            kinds = [names[letter] for letter in OPS[op].signature[:-1]]
+            builder = Builder()
+            at = builder.input("kv_idx")
+            places = [list(values).index(kind) * 3 + k for k, kind in enumerate(kinds)]
+            loads = [Ref(builder.node("load", (at,), kind, place)) for kind, place in zip(kinds, places, strict=True)]
+            graph = builder.graph({"out": builder.op(op, *loads).position})
+            lines, outputs = printer.emit(graph, f"o{len(wanted)}_", {"kv_idx": "kv_idx"})
+            body += ["{", *lines, f"((double*)p.o.at)[{len(wanted)} * p.q_len + kv_idx] = (double){outputs['out']};", "}"]
+            wanted[op, number] = OPS[op].meaning(*(tensors[place] for place in places)).to(torch.float64)
+        loop = "for (int kv_idx = threadIdx.x; kv_idx < p.q_len; kv_idx += THREADS) {"
+        text = kernel_text("\n".join([loop, *body, "}"]), captures)
+        found = torch.zeros(len(wanted), n, dtype=torch.float64)
+        run_alone(text(real), q_len=n, captures=captures, captured=tensors, o=found)
+        for row, ((op, number), right) in zip(found, wanted.items(), strict=True):
+            # PyTorch takes a quotient of floats from the rest of the division, and no two agree on what NaN is as an int
+            told = torch.isfinite(right) | (op not in ("floor_div", "remainder", "fmod", "trunc_div"))
+            told &= (x.abs() < 1e18) if op == "float_to_int" else True
+            tolerance = 0 if number == "int" or "b" in OPS[op].signature[-1] else 4e-6 if real == torch.float32 else 1e-13
+            torch.testing.assert_close(
+                row[told], right[told], rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text, op=op: f"{op}: {text}"
+            )
+
     @pytest.mark.parametrize("transposed", (False, True))
     def test_matrices_are_read_as_the_manual_says(self, transposed):
         word = "load_matrices" + "_transposed" * transposed
@@ -353,29 +398,108 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path):
         assert not cache._checked_folder(str(tmp_path)).is_relative_to(tmp_path)
 
 
-def kernel_text(body: str):
-    """A kernel named `alone` with this body, for halves of the given dtype."""
+def numbers_of(signature: str) -> tuple[str, ...]:
+    """The types that an operation's free letters stand for."""
+    return ("float", "int") if set(signature) & {"n", "t"} else ("float",)
+
+
+def alone(dtype: torch.dtype, captures: tuple[Capture, ...] = ()) -> Problem:
+    """The problem that a kernel of a test's own belongs to."""
+    x = torch.zeros(1, 1, 16, 32, dtype=dtype)
+    return replace(prepare(x, x, x)[0], captures=captures)
+
+
+def kernel_text(body: str, captures: tuple[Capture, ...] = ()):
+    """A kernel named `alone` with this body, for the given dtype."""
 
     def of(dtype: torch.dtype) -> str:
-        x = torch.zeros(1, 1, 16, 32, dtype=dtype)
-        problem, _ = prepare(x, x, x)
         variant = kernels_for.Variant(plan.Tiles(64, 32, 1), 0)
-        holes = {"constants": kernels_for._constants(problem, variant)}
+        holes = {"constants": kernels_for._constants(alone(dtype, captures), variant)}
         holes |= {"mask_mod": ["return true;"], "score_mod": ["return score;"]}
         return fill(kernels_for.source("prelude.cuh") + f"KERNEL alone(PARAMETERS) {{\n{body}\n}}\n", holes)
 
     return of
 
 
-def run_alone(text: str, shared: int = 0, q_len: int = 0, **tensors: torch.Tensor) -> None:
-    """Run the kernel `alone` with one thread block; tensors by the names of Params."""
+def run_alone(text: str, shared=0, q_len=0, captures: tuple[Capture, ...] = (), captured=(), **tensors: torch.Tensor) -> None:
+    """Run the kernel `alone` with one thread block; tensors by the names of Params, and captured ones."""
     places = kernels_for.parameter_words()
-    x = torch.zeros(1, 1, 16, 32, dtype=torch.float16)
-    words = np.zeros(kernels_for.parameter_count(prepare(x, x, x)[0]), np.int64)
+    words = np.zeros(kernels_for.parameter_count(alone(torch.float16, captures)), np.int64)
     words[places["q_len"][0]] = q_len
     for name, tensor in tensors.items():
         words[places[name][0]] = tensor.data_ptr()
+    first = sum(count for _, count in places.values())
+    for k, tensor in enumerate(captured):
+        words[first + 3 * k : first + 3 * k + 3] = (tensor.data_ptr(), tensor.stride(0), len(tensor))
     host.machine().kernel("alone", text)(1, shared, words)
+
+
+@needs_compiler
+class TestEmitter:
+    """The exact lines; that they mean the right thing is TestHostBuild's."""
+
+    CAPTURES = (Capture("bias", torch.float32, (4, 6)),)
+    INPUTS = {name: name for name in ("score", "b", "h", "q_idx", "kv_idx", "grad")}
+
+    def lines(self, mod, kind="score", **more) -> list[str]:
+        return emitter.CudaEmitter(self.CAPTURES, **more).emit(trace(mod, kind).graph, "v", self.INPUTS)[0]
+
+    def test_one_operation_a_line(self):
+        assert self.lines(lambda s, b, h, q, k: 5.0 * torch.tanh(s / 5.0)) == [
+            "const real v1 = (real)(5.0);",
+            "const real v2 = score / v1;",
+            "const real v3 = MATH(tanh)(v2);",
+            "const real v4 = v3 * v1;",
+        ]
+
+    def test_ints_are_narrow_only_where_that_is_proved(self):
+        def mod(b, h, q, k):
+            return q * q - k < 3
+
+        assert self.lines(mod, "mask") == [
+            "const long long v2 = (long long)q_idx * (long long)q_idx;",
+            "const long long v3 = (long long)v2 - (long long)kv_idx;",
+            "const long long v4 = 3ll;",
+            "const bool v5 = (long long)v3 < (long long)v4;",
+        ]
+        assert self.lines(mod, "mask", small=frozenset({2, 3, 4})) == [
+            "const int v2 = (int)(q_idx * q_idx);",
+            "const int v3 = (int)(v2 - kv_idx);",
+            "const int v4 = (int)(3ll);",
+            "const bool v5 = v3 < v4;",
+        ]
+
+    def test_a_read_is_checked_wrapped_or_neither(self):
+        bias = torch.zeros(4, 6)
+
+        def mod(s, b, h, q, k):
+            return s + bias[h, q]
+
+        checked = self.lines(mod)
+        assert "wrong |= v3_1_bad && concerned;" in checked and "if (v3_1_bad) v3_1 = 0;" in checked
+        wrapped = self.lines(mod, checked=False)
+        assert "const long long v3_1 = q_idx < 0 ? q_idx + p.captured[4] : q_idx;" in wrapped
+        proved = self.lines(mod, safe=frozenset({(3, 0), (3, 1)}))
+        assert proved[:2] == ["const long long v3_0 = h;", "const long long v3_1 = q_idx;"]
+        read = "const real v3 = read_float<float>(p.captured[0], v3_0 * p.captured[1] + v3_1 * p.captured[3]);"
+        assert all(any(line.startswith(read) for line in lines) for lines in (checked, wrapped, proved))
+
+    @pytest.mark.parametrize(
+        ("value", "type", "text"),
+        [
+            (0.0, "float", "(real)(0.0)"),
+            (-0.0, "float", "(real)(-0.0)"),
+            (1e-300, "float", "(real)(1e-300)"),
+            (math.inf, "float", "(real)INFINITE"),
+            (-math.inf, "float", "(real)-INFINITE"),
+            (math.nan, "float", "(real)NOT_A_NUMBER"),
+            (-(2**63), "int", "(-9223372036854775807ll - 1)"),
+            (7, "int", "7ll"),
+            (True, "bool", "true"),
+        ],
+    )
+    def test_literals(self, value, type, text):
+        assert emitter.CudaEmitter(()).literal(value, type) == text
 
 
 class Device(contextlib.nullcontext):

@@ -36,7 +36,7 @@ template <class T> DEVICE real read_float(long long at, long long i) { return (r
 template <class T> DEVICE long long read_int(long long at, long long i) { return ((const T*)at)[i]; }
 DEVICE bool read_bool(long long at, long long i) { return ((const unsigned char*)at)[i] != 0; }
 
-DEVICE real sign_of(real x) { return x > 0 ? (real)1 : x < 0 ? (real)-1 : x == x ? (real)0 : x; }
+DEVICE real sign_of(real x) { return x > 0 ? (real)1 : x < 0 ? (real)-1 : (real)0; }
 DEVICE real smaller_or_nan(real a, real b) { return a < b || a != a ? a : b; }
 DEVICE real larger_or_nan(real a, real b) { return a > b || a != a ? a : b; }
 
