@@ -384,6 +384,10 @@ class TestHostBuild:
         shown = r"line \d+, in what came from score_mod:\n(.*\n)*> +\d+ +const real v1 = no_such_function\(score\);"
         assert re.search(shown, str(caught.value))
 
+    def test_processors_without_a_switch_of_their_own_use_the_portable_one(self):
+        ran = check_case(self.backend(host.Machine(("-DFLEXREF_UCONTEXT",))), CAUSAL.but(q_len=20, kv_len=40, head_dim=32))
+        assert ran is not None
+
     def test_a_second_machine_finds_what_the_first_compiled(self, monkeypatch, tmp_path):
         monkeypatch.setattr(cache, "folder", lambda: tmp_path)
         first, second = host.Machine(), host.Machine()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from flexref.backends.cupy import cache as files
+from flexref.backends.cupy import kernels_for
 from flexref.backends.cupy.compile_error import CompileError
 from flexref.backends.cupy.kernels_for import SOURCES
 from flexref.backends.cupy.plan import SHARED_LIMIT, THREADS
@@ -56,19 +57,19 @@ class Machine:
         self.bank_conflicts = 0
         self.builds = 0
         self._kernels: dict = {}
-        self._run = None
+        self._run, self._scheduler = None, ""
 
     def kernel(self, name: str, text: str):
         """The kernel `name` of a filled source as a function (blocks, shared bytes, parameters)."""
         key = f"{name} {hashlib.sha256(text.encode()).hexdigest()}"
         with _lock:
             if self._run is None:
-                # first, because kernels look for the scheduler's symbols in what the process has loaded
-                library = self._library((SOURCES / "cuda_host.cc").read_text(), "cuda_host.cc")
-                self._run = library.run
+                self._scheduler = self._library(kernels_for.read("cuda_host.cc"), "cuda_host")
+                self._run = ctypes.CDLL(self._scheduler).run
                 self._run.restype = ctypes.c_long
             if key not in self._kernels:
-                self._kernels[key] = getattr(self._library(text, f"{name}.cc"), name)
+                # linked to the very scheduler that runs it: a process may have several
+                self._kernels[key] = getattr(ctypes.CDLL(self._library(text, name, self._scheduler)), name)
         address = ctypes.cast(self._kernels[key], ctypes.c_void_p)
         return lambda blocks, shared, words: self._launch(address, blocks, shared, words)
 
@@ -83,24 +84,23 @@ class Machine:
         if message.value:
             raise HostError(message.value.decode())
 
-    def _library(self, text: str, file: str) -> ctypes.CDLL:
+    def _library(self, text: str, name: str, *linked: str) -> str:
+        """Where the shared library of a source is, compiled if it is not kept."""
         command = [_compiler(), *self.flags]
-        header = (SOURCES / "cuda_host.h").read_text()
-        key = hashlib.sha256("\n".join((*command, text, header)).encode()).hexdigest()[:32]
+        key = "\n".join((*command, *linked, kernels_for.read("cuda_host.h"), text))
 
         def build() -> bytes:
             self.builds += 1
-            return _compiled(command, text, file)
+            return _compiled(command, text, f"{name}.cc", linked)
 
-        path = files.kept(f"{file.partition('.')[0]}_{key}.so", build)
-        return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL if file == "cuda_host.cc" else ctypes.RTLD_LOCAL)
+        return str(files.kept(f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so", build))
 
 
-def _compiled(command: list[str], text: str, file: str) -> bytes:
+def _compiled(command: list[str], text: str, file: str, linked: tuple[str, ...]) -> bytes:
     with tempfile.TemporaryDirectory() as work:
         source, result = Path(work) / file, Path(work) / "result.so"
         source.write_text(text)
-        done = subprocess.run([*command, str(source), "-o", str(result)], capture_output=True, text=True)
+        done = subprocess.run([*command, str(source), *linked, "-o", str(result)], capture_output=True, text=True)
         if done.returncode:
             raise CompileError.of(text, done.stderr)
         return result.read_bytes()
