@@ -91,6 +91,7 @@ def _constants(problem: Problem, variant: Variant) -> list[str]:
         "SCALARS": scalar_count(problem),
         "PARAMETER_WORDS": parameter_count(problem),
         "SUMS": max(1, len(sums)),
+        "UNROLL": plan.unroll(problem, backward="BACKWARD" in variant.flags),
     }
     truths = {
         "HAS_SCORE": problem.score is not None,

@@ -94,7 +94,7 @@ def backward(
     if problem.needs_grad[0]:
         tasks = call.walk_keys(tiles)
         size = plan.query_bytes(problem, tiles)
-        variant = Variant(tiles, size, call.checked, flags=("FROM_SUM",) if summed else ())
+        variant = Variant(tiles, size, call.checked, flags=("BACKWARD", "FROM_SUM") if summed else ("BACKWARD",))
         _kernel("backward_query", problem, variant, machine)(tasks, size, call.words)
     return Gradients(results[0], results[1], results[2], _captured_gradients(problem, tensors, totals))
 
@@ -113,7 +113,7 @@ def _walk_queries(call: Call, tiles: plan.Tiles, flags: tuple[str, ...], machine
         call.number(accumulators_step=totals.shape[1] if ordered else 0)
     shared = plan.key_bytes(problem, tiles)
     for wanted in plan.key_passes(problem, flags):
-        variant = Variant(tiles, shared, call.checked, flags=("LISTS_OF_QUERIES", *wanted))
+        variant = Variant(tiles, shared, call.checked, flags=("BACKWARD", "LISTS_OF_QUERIES", *wanted))
         _kernel("backward_key", problem, variant, machine)(blocks, shared, call.words)
     return totals
 

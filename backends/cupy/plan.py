@@ -78,6 +78,12 @@ def forward_tiles(problem: Problem, limit: int = SHARED_LIMIT) -> Tiles:
     return _first_that_fits(problem, choices, forward_bytes, limit)
 
 
+def unroll(problem: Problem, backward: bool) -> int:
+    """How many steps of a product of scores are laid out one behind the other: as many as registers have room for."""
+    steps = 4 if backward or problem.captures else 8
+    return steps // 2 if max(padded(problem.head_dim), padded(problem.value_dim)) > 128 else steps
+
+
 def _first_that_fits(problem: Problem, choices: list[Tiles], size, limit: int) -> Tiles:
     options = dict(problem.options)
     for tiles in choices:

@@ -65,8 +65,7 @@ template <int N, int D, class S, class Place> DEVICE void load_tile(T* tile, con
 template <int D> DEVICE void product_nt(real (&s)[TR][TC], const T* a, const T* b) {
     const Cursor<D> left(a, first_row_of_warp() + (lane() & 15), lane() >> 4);
     const Cursor<D> right(b, (lane() >> 4) * 8 + (lane() & 7), (lane() >> 3) & 1);
-// not all of it: registers that hold places run out
-#pragma unroll(D > 128 || SLABS > 1 ? 2 : 4)
+#pragma unroll UNROLL
     for (int k = 0; k < D / 16; ++k) {
         unsigned fa[SLABS][4];
 #pragma unroll
