@@ -1,13 +1,14 @@
 """triton, the engine for NVIDIA GPUs: fused, block-sparse, forward, backward and decode, in kernels that Triton compiles."""
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from flexref.backend import Backend
 from flexref.backends.triton import tiles
+from flexref.backends.triton.interpreter import Emulated
 from flexref.problem import Gradients, Output, Problem, Tensors
 
 name = "triton"
@@ -84,10 +85,6 @@ def backward(
     return launch_backward.backward(problem, tensors, output, grad_out, grad_lse)
 
 
-def emulated() -> Backend:
+def emulated() -> Emulated:
     """The same kernels in Triton's interpreter, on CPU tensors."""
-    import sys
-
-    from flexref.backends.triton.emulated import Emulated
-
     return Emulated(sys.modules[__name__])

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 from flexref.backends.triton import launch, launch_backward
 from flexref.backends.triton.call import Call
 from flexref.backends.triton.tiles import Tile
-from flexref.problem import Output, Problem, Tensors
+from flexref.problem import Problem, Tensors
 
 
 class Report(NamedTuple):
-    """One kernel: registers of a thread, bytes of local memory that they spilled to, bytes of shared memory, its assembly."""
+    """One kernel: registers of a thread, bytes of local memory that they spilled to, bytes of shared memory, its assembly.
+
+    `build`: the same for the same machine code.
+    """
 
     kernel: str
     tile: Tile
@@ -22,6 +25,7 @@ class Report(NamedTuple):
     stack: int
     shared: int
     assembly: str
+    build: str
 
     def count(self, pattern: str) -> int:
         """How often a pattern is in the assembly."""
@@ -51,7 +55,8 @@ class _Compiler:
     def __getitem__(self, grid: tuple[int, ...]):
         def compile(**arguments: Any) -> None:
             made = self.function.warmup(grid=grid, **arguments)
-            self.call.reports.append(_report(self.kernel, self.call.tile, made, self.call.target))
+            name = self.kernel + (", careful" if arguments.get("CAREFUL") else "")
+            self.call.reports.append(_report(name, self.call.tile, made, self.call.target))
 
         return compile
 
@@ -92,7 +97,7 @@ class _Driver:
 
 def _report(kernel: str, tile: Tile, made: Any, target: Any) -> Report:
     if target.backend != "cuda":
-        return Report(kernel, tile, 0, 0, made.metadata.shared, made.asm["amdgcn"])
+        return Report(kernel, tile, 0, 0, made.metadata.shared, made.asm["amdgcn"], made.hash)
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -101,4 +106,4 @@ def _report(kernel: str, tile: Tile, made: Any, target: Any) -> Report:
         tool = knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Report(kernel, tile, found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared, made.asm["ptx"])
+    return Report(kernel, tile, found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared, made.asm["ptx"], made.hash)

@@ -40,7 +40,7 @@ class Call:
     def function(self, kernel: str) -> Any:
         """The compiled-when-called function of a kernel."""
         text = kernels_for.text_of(kernel, self.problem, self.near, self.checks, self.emulated)
-        return getattr(kernels_for.module_of(text), kernel)
+        return getattr(kernels_for.module_of(text, self.emulated), kernel)
 
     def mods(self) -> dict[str, Any]:
         """The arguments of the mods by name."""
@@ -121,7 +121,8 @@ class Call:
         unsound = torch.zeros(math.prod(grid), dtype=torch.int32, device=self.device)
         function[grid](**arguments, unsound=unsound, CAREFUL=False)
         if self.problem.block_size is not None or self.problem.score is not None or not arguments["SUBTRACT"]:
-            function[grid](**arguments | {"num_stages": 1}, unsound=unsound, CAREFUL=True)
+            careful = {"num_stages": 1, "num_warps": max(8, arguments["num_warps"])}
+            function[grid](**arguments | careful, unsound=unsound, CAREFUL=True)
 
     def raise_bad_reads(self) -> None:
         """IndexError if a checked read was out of range (R13); waits for the device only if there was something to check."""

@@ -24,11 +24,11 @@ class TritonEmitter(Emitter):
         "abs": "tl.abs({0})",
         "sign": {
             "int": "({0} > 0).to(tl.int32) - ({0} < 0).to(tl.int32)",
-            "float": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, tl.where({0} == 0, 0.0, {0})))",
+            "float": "({0} > 0).to(real) - ({0} < 0).to(real)",
         },
         "minimum": {"int": "tl.minimum({0}, {1})", "float": "tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})"},
         "maximum": {"int": "tl.maximum({0}, {1})", "float": "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})"},
-        "floor_div": {"int": "int_floor_div({0}, {1})", "float": "tl.floor(divide({0}, {1}))"},
+        "floor_div": {"int": "int_floor_div({0}, {1})", "float": "float_floor_div({0}, {1})"},
         "trunc_div": {"int": f"{{0}} // {_DIVISOR}", "float": "libdevice.trunc(divide({0}, {1}))"},
         "remainder": {"int": "int_remainder({0}, {1})", "float": "float_remainder({0}, {1})"},
         "fmod": {"int": f"{{0}} % {_DIVISOR}", "float": "libdevice.fmod({0}, {1})"},
@@ -161,7 +161,7 @@ def scatter_lines(graph: Graph, position: int, result: str, prefix: str, capture
     by_q, by_kv = bool(read & {"q_idx", "score", "grad"}), bool(read & {"kv_idx", "score", "grad"})
     lines = [f"{name}_part = tl.where(seen, tl.broadcast_to({result}, seen.shape), 0.0)"]
     if not by_q and not by_kv:
-        lines.append(f"{name}_part = tl.sum(tl.sum({name}_part, 1), 0)")
+        lines.append(f"{name}_part = tl.sum({name}_part)")
     elif not by_q or not by_kv:
         lines.append(f"{name}_part = tl.sum({name}_part, {0 if by_q else 1}, keep_dims=True)")
     terms, step = [], ""

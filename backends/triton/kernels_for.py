@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ import torch
 from platformdirs import user_cache_dir
 
 from flexref.backends.triton.emitter import TritonEmitter, scatter_lines
+from flexref.backends.triton.interpreter import interpreted
 from flexref.problem import Problem
 from flexref.program.derive import derive
 from flexref.program.ir import Graph
@@ -36,7 +38,7 @@ def text_of(kernel: str, problem: Problem, near: frozenset[int], checks: bool, e
     """
     backward = kernel in BACKWARD
     scatters = kernel == "backward_kv"
-    place = "flexref.backends.triton.emulated" if emulated else "triton.language.extra"
+    place = "flexref.backends.triton.interpreter" if emulated else "triton.language.extra"
     real = "float64" if problem.dtype == torch.float64 else "float32"
     holes = {"types": [f"from {place} import libdevice", f"real = tl.constexpr(tl.{real})"]}
     texts = [fill(source("parts"), holes)]
@@ -122,7 +124,7 @@ def source(name: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def module_of(text: str) -> ModuleType:
+def module_of(text: str, emulated: bool) -> ModuleType:
     """The module of a text. It is a file in the cache, so that Triton, debuggers and profilers can show its lines."""
     name = "flexref_triton_" + hashlib.sha256(text.encode()).hexdigest()[:24]
     path = folder() / f"{name}.py"
@@ -134,7 +136,8 @@ def module_of(text: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with interpreted() if emulated else nullcontext():
+        spec.loader.exec_module(module)
     return module
 
 

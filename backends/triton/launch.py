@@ -73,7 +73,8 @@ def _decode(call: Call, output: Output) -> None:
     tile = tile_for("decode", p, call.capability)
     members = _q_block(p) * (p.group if packed else 1)
     programs = p.batch * (p.kv_heads if packed else p.q_heads) * -(-p.q_len // _q_block(p)) * -(-members // tile.q)
-    splits = int(call.options.get("splits") or split_count(programs, -(-p.kv_len // tile.kv), processors(call.device)))
+    asked: Any = call.options.get("splits")
+    splits = asked or split_count(programs, -(-p.kv_len // tile.kv), processors(call.device))
     if splits == 1 and not packed:
         return _whole(call, output)
     rows = output.lse.numel()
@@ -114,10 +115,10 @@ def _combine(call: Call, output: Output, shares: Tensor, part: Tensor | None, sp
     rows, p = output.lse.numel(), call.problem
     arguments = _results(output) | {
         "shares": shares, "part": part, "scale": call.tensors.scale, "count": rows, "splits": splits,
-        "BLOCK_M": 16, "VALUE_DIM": p.value_dim, "VALUE_COLUMNS": padded(p.value_dim), "FOLD": call.folds(),
+        "BLOCK_M": 8, "VALUE_DIM": p.value_dim, "VALUE_COLUMNS": padded(p.value_dim), "FOLD": call.folds(),
         "SAVE": bool(output.saved), "MAX_SCORES": output.max_scores is not None,
     }  # fmt: skip
-    call.run("combine", lambda function, _: function[(-(-rows // 16),)](**arguments, num_warps=4))
+    call.run("combine", lambda function, _: function[(-(-rows // 8),)](**arguments, num_warps=4))
 
 
 def _results(output: Output) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Backward: delta of each row, then d key and d value by keys, then d query by queries (or by atomic additions with the former)."""
+"""Backward: delta of each row, then d key and d value by keys, then d query by queries, or by atomic additions before."""
 from __future__ import annotations
 
 from typing import Any
@@ -60,9 +60,9 @@ def _accumulators(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
 
 def _no_gradients(problem: Problem, tensors: Tensors, sums: dict[str, Tensor]) -> Gradients:
     inputs = tensors.query, tensors.key, tensors.value
-    zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs, problem.needs_grad, strict=True)]
+    query, key, value = (torch.zeros_like(x) if need else None for x, need in zip(inputs, problem.needs_grad, strict=True))
     pairs = zip(problem.captures, tensors.captured, strict=True)
-    return Gradients(*zeros, tuple(torch.zeros_like(t) if c.needs_grad else None for c, t in pairs))
+    return Gradients(query, key, value, tuple(torch.zeros_like(t) if c.needs_grad else None for c, t in pairs))
 
 
 def _arguments(call: Call, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, Any]:

@@ -39,53 +39,49 @@ class Row(NamedTuple):
     why: str
 
 
-_FLEX = "the default of torch 2.13's flex_attention here, found by its authors' autotuning"
-_FITS = "the largest that compiles ahead of time without spills"
-_SMALL = "decoding is bound by memory: many small programs with deep pipelines"
+_FLEX = "the default of torch 2.13's flex_attention here, found by its authors' autotuning; it compiles without spills"
+_CLEAN = "the largest of those tried that compile ahead of time without spills"
+_LEAST = "the least tile: products of this type, or rows of this length, leave no room for more"
+_SMALL = "decoding is bound by memory: many small programs with deep pipelines; 128 registers or fewer on sm_90"
+_REST = tuple(Row(0, size, 1 << 20, Tile(16, 16, 4, 1), _LEAST) for size in (2, 4, 8))
 TABLE: dict[str, tuple[Row, ...]] = {
     "forward": (
-        Row(90, 2, 64, Tile(128, 128, 4, 3), _FLEX),
+        Row(100, 2, 64, Tile(128, 64, 8, 3), _CLEAN),
+        Row(100, 2, 128, Tile(128, 64, 8, 2), _CLEAN),
+        Row(90, 2, 64, Tile(128, 128, 8, 3), _CLEAN),
         Row(90, 2, 128, Tile(128, 64, 8, 3), _FLEX),
-        Row(90, 2, 256, Tile(64, 32, 4, 3), _FLEX),
-        Row(80, 2, 64, Tile(128, 64, 4, 3), _FLEX),
-        Row(80, 2, 128, Tile(128, 64, 8, 3), _FLEX),
-        Row(80, 2, 256, Tile(64, 64, 4, 2), _FITS),
-        Row(80, 4, 128, Tile(64, 32, 4, 2), _FITS),
-        Row(80, 4, 256, Tile(32, 16, 4, 2), _FITS),
-        Row(80, 8, 128, Tile(32, 16, 4, 1), _FITS),
-        Row(0, 8, 1 << 20, Tile(16, 16, 4, 1), _FITS),
-        Row(0, 4, 1 << 20, Tile(16, 16, 4, 1), _FITS),
-        Row(0, 2, 1 << 20, Tile(16, 16, 4, 1), _FITS),
+        Row(90, 2, 256, Tile(128, 32, 8, 3), _CLEAN),
+        Row(80, 2, 64, Tile(128, 64, 8, 3), _CLEAN),
+        Row(80, 2, 128, Tile(128, 32, 8, 3), _CLEAN),
+        Row(80, 2, 256, Tile(64, 32, 8, 2), _CLEAN),
+        Row(80, 4, 64, Tile(32, 16, 4, 2), _CLEAN),
+        Row(80, 8, 64, Tile(32, 16, 4, 1), _CLEAN),
+        *_REST,
     ),
     "decode": (
         Row(80, 2, 128, Tile(16, 64, 4, 4), _SMALL),
         Row(80, 2, 256, Tile(16, 32, 4, 3), _SMALL),
         Row(80, 4, 128, Tile(16, 32, 4, 2), _SMALL),
-        Row(0, 8, 1 << 20, Tile(16, 16, 4, 1), _SMALL),
-        Row(0, 4, 1 << 20, Tile(16, 16, 4, 1), _SMALL),
-        Row(0, 2, 1 << 20, Tile(16, 16, 4, 1), _SMALL),
+        *_REST,
     ),
     "backward_kv": (
-        Row(90, 2, 64, Tile(64, 128, 8, 3), _FLEX),
-        Row(90, 2, 128, Tile(32, 128, 8, 3), _FITS),
-        Row(80, 2, 64, Tile(64, 64, 4, 3), _FITS),
-        Row(80, 2, 128, Tile(32, 64, 4, 2), _FITS),
-        Row(80, 2, 256, Tile(32, 32, 4, 1), _FITS),
-        Row(80, 4, 128, Tile(16, 32, 4, 1), _FITS),
-        Row(0, 8, 1 << 20, Tile(16, 16, 4, 1), _FITS),
-        Row(0, 4, 1 << 20, Tile(16, 16, 4, 1), _FITS),
-        Row(0, 2, 1 << 20, Tile(16, 16, 4, 1), _FITS),
+        Row(100, 2, 64, Tile(64, 64, 8, 2), _CLEAN),
+        Row(100, 2, 128, Tile(32, 128, 8, 2), _CLEAN),
+        Row(90, 2, 64, Tile(64, 128, 8, 2), _CLEAN),
+        Row(90, 2, 128, Tile(32, 128, 8, 2), _CLEAN),
+        Row(80, 2, 64, Tile(32, 128, 8, 2), _CLEAN),
+        Row(80, 2, 128, Tile(32, 64, 8, 2), _CLEAN),
+        Row(80, 2, 256, Tile(32, 32, 8, 1), _CLEAN),
+        Row(80, 4, 64, Tile(32, 16, 4, 1), _CLEAN),
+        *_REST,
     ),
     "backward_q": (
-        Row(90, 2, 64, Tile(128, 64, 8, 3), _FLEX),
-        Row(90, 2, 128, Tile(128, 64, 8, 2), _FITS),
-        Row(80, 2, 64, Tile(64, 64, 4, 3), _FITS),
-        Row(80, 2, 128, Tile(64, 32, 4, 2), _FITS),
-        Row(80, 2, 256, Tile(32, 32, 4, 1), _FITS),
-        Row(80, 4, 128, Tile(32, 16, 4, 1), _FITS),
-        Row(0, 8, 1 << 20, Tile(16, 16, 4, 1), _FITS),
-        Row(0, 4, 1 << 20, Tile(16, 16, 4, 1), _FITS),
-        Row(0, 2, 1 << 20, Tile(16, 16, 4, 1), _FITS),
+        Row(100, 2, 64, Tile(128, 64, 8, 2), _CLEAN),
+        Row(90, 2, 64, Tile(128, 64, 8, 3), _CLEAN),
+        Row(90, 2, 128, Tile(128, 64, 8, 2), _CLEAN),
+        Row(80, 2, 128, Tile(128, 32, 8, 2), _CLEAN),
+        Row(80, 2, 256, Tile(32, 32, 8, 1), _CLEAN),
+        *_REST,
     ),
 }
 # of the interpreter, which has no limits but time, and of the kernels that go through rows once and are not in the table
@@ -99,12 +95,20 @@ def tile_for(kernel: str, problem: Problem, capability: tuple[int, int] | None) 
     """
     width = padded(max(problem.head_dim, problem.value_dim))
     options = dict(problem.options)
-    tile = EMULATED if capability is None or kernel not in TABLE else _tabled(kernel, capability, problem.dtype.itemsize, width)
+    if capability is None or kernel not in TABLE:
+        tile = _emulated(kernel)
+    else:
+        tile = _tabled(kernel, capability, problem.dtype.itemsize, width)
     q_block, kv_block = problem.block_size or (problem.q_len, problem.kv_len)
     q = int(options.get("q_tile") or min(tile.q, padded(min(q_block, _rows(kernel, problem)))))  # type: ignore[call-overload]
     kv = int(options.get("kv_tile") or min(tile.kv, padded(min(kv_block, problem.kv_len))))  # type: ignore[call-overload]
     warps = int(options.get("num_warps") or tile.warps)  # type: ignore[call-overload]
     return Tile(q, kv, warps, int(options.get("num_stages") or tile.stages))  # type: ignore[call-overload]
+
+
+def _emulated(kernel: str) -> Tile:
+    """Decoding has short tiles, so that short problems are split as well."""
+    return EMULATED._replace(kv=32) if kernel == "decode" else EMULATED
 
 
 def _rows(kernel: str, problem: Problem) -> int:

@@ -70,7 +70,8 @@ def walk_rows(
 @triton.jit
 def walk_head(
     d_k, d_v, k_tile, v_tile, q, grad_out, saved_max, saved_sum, delta, d_query, scale, b, h, kv_idx, kv_inside, whole, flat,
-    offsets, indices, full_offsets, full_indices, q_b, q_h, q_row, q_column, g_b, g_h, g_row, g_column, q_heads, q_len, rows, errors,
+    offsets, indices, full_offsets, full_indices, q_b, q_h, q_row, q_column, g_b, g_h, g_row, g_column, q_heads, q_len, rows,
+    errors,
     # hole: parameters
     # hole: accumulators
     BLOCK_M: tl.constexpr, Q_BLOCK: tl.constexpr, LISTS: tl.constexpr,
@@ -111,7 +112,8 @@ def walk_head(
 @triton.jit
 def walk_with_care(
     k_part, v_part, k_tile, v_tile, q, grad_out, saved_max, saved_sum, delta, scale, b, h, kv_idx, kv_inside, flat, few,
-    offsets, indices, full_offsets, full_indices, q_b, q_h, q_row, q_column, g_b, g_h, g_row, g_column, q_heads, q_len, rows, errors,
+    offsets, indices, full_offsets, full_indices, q_b, q_h, q_row, q_column, g_b, g_h, g_row, g_column, q_heads, q_len, rows,
+    errors,
     # hole: parameters
     # hole: accumulators
     BLOCK_M: tl.constexpr, Q_BLOCK: tl.constexpr, LISTS: tl.constexpr,
@@ -155,7 +157,8 @@ def backward_kv(
     q, k, v, grad_out, saved_max, saved_sum, delta, d_query, d_key, d_value, unsound, errors,
     offsets, indices, full_offsets, full_indices, order,
     q_b, q_h, q_row, q_column, k_b, k_h, k_row, k_column, v_b, v_h, v_row, v_column, g_b, g_h, g_row, g_column,
-    scale: "fp64", kv_batch, q_heads, kv_heads, group, members, q_len, kv_len, rows, columns, mask_heads, list_rows, section, replicas,
+    scale: "fp64", kv_batch, q_heads, kv_heads, group, members, q_len, kv_len, rows, columns, mask_heads, list_rows, section,
+    replicas,
     # hole: parameters
     # hole: accumulators
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,

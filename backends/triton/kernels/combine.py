@@ -30,6 +30,6 @@ def combine(
         # an infinite value stays infinite however small its weight
         acc += tl.where(tl.abs(share) == float("inf"), share, weight[:, None] * share)
     write(
-        acc, row_max, row_sum, row, inside, out, lse, max_scores, saved_max, saved_sum, row * VALUE_DIM, scale, 0, part, 0, splits,
-        FOLD, False, VALUE_COLUMNS, VALUE_DIM, SAVE, MAX_SCORES,
+        acc, row_max, row_sum, row, inside, out, lse, max_scores, saved_max, saved_sum, row * VALUE_DIM, scale, 0, part, 0,
+        splits, FOLD, False, VALUE_COLUMNS, VALUE_DIM, SAVE, MAX_SCORES,
     )

@@ -80,7 +80,8 @@ def walk_keys(
             k_at, k_tiles, kv_b, kv_head, kv0, kv_rows, k_row, k_column, inside, BLOCK_N, HEAD_COLUMNS, HEAD_DIM, CHECKED, TMA
         )
         weights, shrink, row_max, _ = weigh(
-            q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h, q_idx, kv0 + kv_rows, kv_len, rows_inside, inside, full, errors,
+            q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h, q_idx, kv0 + kv_rows, kv_len, rows_inside, inside, full,
+            errors,
             # hole: arguments
             CHECKED, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
         )
@@ -114,7 +115,8 @@ def walk_with_care(
         k_from = k_at + kv0.to(tl.int64) * k_row
         k_tile = load_rows(k_from, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, True)
         weights, shrink, row_max, seen = weigh(
-            q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h, q_idx, kv0 + kv_rows, kv_len, rows_inside, inside, full, errors,
+            q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h, q_idx, kv0 + kv_rows, kv_len, rows_inside, inside, full,
+            errors,
             # hole: arguments
             True, FOLD, True, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
         )
@@ -129,7 +131,8 @@ def forward(
     q, k, v, k_tiles, v_tiles, out, lse, max_scores, saved_max, saved_sum, part, unsound, errors,
     offsets, indices, full_offsets, full_indices, order,
     q_b, q_h, q_row, q_column, k_b, k_h, k_row, k_column, v_b, v_h, v_row, v_column,
-    scale: "fp64", kv_batch, q_heads, kv_heads, group, q_len, kv_len, rows, columns, mask_heads, list_rows, section, replicas, splits,
+    scale: "fp64", kv_batch, q_heads, kv_heads, group, q_len, kv_len, rows, columns, mask_heads, list_rows, section,
+    replicas, splits,
     # hole: parameters
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,

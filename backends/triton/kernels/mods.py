@@ -66,3 +66,14 @@ def int_remainder(a, b):
 def float_remainder(a, b):
     rest = libdevice.fmod(a, b)
     return tl.where((rest != 0) & ((rest < 0) ^ (b < 0)), rest + b, rest)
+
+
+@triton.jit
+def float_floor_div(a, b):
+    """As PyTorch: from the remainder, because a rounded a / b may already be the next whole number."""
+    rest = libdevice.fmod(a, b)
+    quotient = divide(a - rest, b)
+    quotient = tl.where((rest != 0) & ((rest < 0) ^ (b < 0)), quotient - 1.0, quotient)
+    below = tl.floor(quotient)
+    below = tl.where(quotient - below > 0.5, below + 1.0, below)
+    return tl.where(b == 0, divide(a, b), below)

@@ -129,7 +129,8 @@ def place_of(
 @triton.jit
 def finite(x):
     """x with 0 for NaN and infinities."""
-    return tl.where(x - x == 0, x, tl.zeros_like(x))
+    wide = x.to(real)
+    return tl.where(wide - wide == 0, x, tl.zeros_like(x))
 
 
 @triton.jit
@@ -152,7 +153,7 @@ def careful_dot(weights, seen, x, acc, PRECISION: tl.constexpr):
 @triton.jit
 def any_of(x):
     """Whether any element of a tile is true, as 0 or 1."""
-    return tl.max(tl.max(x.to(tl.int32), 1), 0)
+    return tl.max(x.to(tl.int32))
 
 
 @triton.jit

@@ -63,9 +63,16 @@ def prepare() -> bool:
         from triton.runtime.interpreter import InterpretedFunction
 
         return not isinstance(sys.modules["triton.language"].sum, InterpretedFunction)
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+    with interpreted():
         import triton  # noqa: F401
     return False
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it, what Triton decorates is interpreted, not compiled."""
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        yield
 
 
 @contextmanager
@@ -75,7 +82,7 @@ def interpreting() -> Iterator[None]:
 
     builder = interpreter.InterpreterBuilder
     patches = [
-        mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
+        interpreted(),
         mock.patch.object(builder, "create_dot", _dot(builder.create_dot)),
         mock.patch.object(builder, "cast_impl", _cast(builder.cast_impl)),
         *_patched_once(interpreter),
