@@ -618,6 +618,14 @@ def test_what_it_refuses_and_what_it_lacks():
         assert any("GPU" in reason for reason in cupy.unavailable())
 
 
+def test_atomics_are_noted_where_they_are_used():
+    def noted(**changes) -> list[str]:
+        return cupy.notes(prepare(**build(CAUSAL.but(**changes)).arguments)[0])
+
+    assert "atomics" in noted()[0] and "atomics" in noted(score="score * gain", wants=("captured",))[0]
+    assert noted(deterministic=True) == noted(wants=("query",)) == noted(wants=("key", "value")) == noted(wants=()) == []
+
+
 OUTSIDE = {
     "no fault": ("", ""),
     "a key past the end": ("p.list_len - tile.first)", "p.list_len - tile.first + 1)"),

@@ -79,6 +79,17 @@ def _wrong_options(problem: Problem) -> list[str]:
     return reasons
 
 
+def notes(problem: Problem) -> list[str]:
+    """What is worth knowing of how it would run this problem (R15)."""
+    captured = any(c.needs_grad for c in problem.captures)
+    if problem.deterministic or not (captured or (problem.needs_grad[0] and any(problem.needs_grad[1:]))):
+        return []
+    return [
+        "gradients of query and captured tensors are added up with atomics, so their last bits may differ from call to call; "
+        "deterministic=True adds them in order"
+    ]
+
+
 def forward(problem: Problem, tensors: Tensors) -> Output:
     """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type."""
     from flexref.backends.cupy import device, launch
