@@ -20,7 +20,9 @@ def attend(backend: Backend, problem: Problem, tensors: Tensors) -> Output:
 
     Raises Unsupported, with every reason, if the backend cannot run this problem.
     """
-    reasons = _accepted.get((backend, problem), lambda: tuple(backend.unsupported(problem)))
+    # an emulated engine has the name of the real one
+    key = backend.name, getattr(backend, "how", ""), problem
+    reasons = _accepted.get(key, lambda: tuple(backend.unsupported(problem)))
     if reasons:
         raise Unsupported(
             f"backend {backend.name!r} cannot run this problem: {'; '.join(reasons)}.",
