@@ -106,13 +106,13 @@ def one_case(bench: GpuBench, dtype: torch.dtype, size: tuple[int, int, int, int
     where = {"variant": variant.name, "dtype": str(dtype).removeprefix("torch."), "D": size[3], "S": size[2], "B": size[0]}
     generator = torch.Generator(bench.device).manual_seed(0)
     query, key, value = (torch.randn(size, generator=generator, device=bench.device).to(dtype) for _ in range(3))
-    inputs = tuple(x.requires_grad_() for x in (query, key, value))
+    inputs = query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
     mask = None
     if variant.mask_mod is not None:
         mask = flexref.create_block_mask(variant.mask_mod, None, None, size[2], size[2], device=bench.device)
 
     def ours() -> Tensor:
-        return flexref.flex_attention(*inputs, variant.score_mod, mask, backend=bench.engine)
+        return flexref.flex_attention(query, key, value, variant.score_mod, mask, backend=bench.engine)
 
     why = complaint(variant, inputs, ours)
     if why:
