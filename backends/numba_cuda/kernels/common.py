@@ -1,0 +1,72 @@
+"""What every kernel shares: which thread owns which element of a tile, how tiles are fetched, where the listed blocks are.
+
+A tile has ROW_TILE rows and COLUMN_TILE columns. SPREAD neighbouring lanes share a row; a thread owns ROWS rows and COLS columns,
+always PAIR columns side by side. With ROWS = 2, SPREAD = 4, PAIR = 2 that is the layout of a matrix instruction's result.
+"""
+# hole: machine
+
+# hole: constants
+
+
+@device
+def row_of(thread, i):
+    """The row of the tile that is a thread's i-th."""
+    return thread // LANES * (LANES // SPREAD * ROWS) + i * (LANES // SPREAD) + thread % LANES // SPREAD
+
+
+@device
+def column_of(thread, j):
+    """The column of the tile, or of an accumulator, that is a thread's j-th."""
+    return j // PAIR * (PAIR * SPREAD) + thread % SPREAD * PAIR + j % PAIR
+
+
+@device
+def row_maximum(x):
+    """The greatest of what the lanes of a row hold."""
+    for step in unrolled(SPREAD_BITS):
+        x = maximum(x, shuffle_xor(x, 1 << step))
+    return x
+
+
+@device
+def row_total(x):
+    """The sum of what the lanes of a row hold."""
+    for step in unrolled(SPREAD_BITS):
+        x = x + shuffle_xor(x, 1 << step)
+    return x
+
+
+@device
+def smaller(a, b):
+    return a if a < b else b
+
+
+# hole: readers
+
+
+@device
+def listed(t, list_row, offsets, indices, full_offsets, full_indices, tiles_a_block, block_size, tile, length):
+    """(start, end, partial) of the t-th tile of a row of the block mask: first the partial blocks, then the full ones."""
+    if HAS_LISTS:
+        turn = t // tiles_a_block
+        first = offsets[list_row]
+        count = offsets[list_row + 1] - first
+        partial = turn < count
+        if partial:
+            block = int64(indices[first + turn])
+        else:
+            block = int64(full_indices[full_offsets[list_row] + turn - count])
+        start = block * block_size + (t - turn * tiles_a_block) * tile
+        return start, smaller((block + 1) * block_size, length), partial
+    else:
+        return t * tile, length, False
+
+
+@device
+def tiles_listed(list_row, offsets, full_offsets, tiles_a_block):
+    """How many tiles there are in a row of the block mask."""
+    if HAS_LISTS:
+        blocks = offsets[list_row + 1] - offsets[list_row] + full_offsets[list_row + 1] - full_offsets[list_row]
+        return blocks * tiles_a_block
+    else:
+        return tiles_a_block

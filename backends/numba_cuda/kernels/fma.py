@@ -1,0 +1,106 @@
+"""Products of tiles by ordinary multiply-add, each thread for the elements that it owns. Every dtype; tiles hold `real`.
+
+This file and mma.py are the two ways to multiply; both have these functions:
+
+    product             s[i, j]  = sum over e of a[row i, e] * b[column j, e]
+    add_NAME            o[i, d] += sum over j of p[row i, j] * b[j, column d], for tiles of values or of keys and queries
+    add_NAME_carefully  the same without the p that are `gone`: 0 times NaN would be NaN there (R4)
+"""
+
+
+@device
+def product(a, a_step, b, b_step, width, thread):
+    s = registers(ROWS, COLS)
+    x = registers(ROWS)
+    a_at = registers(ROWS)
+    b_at = registers(COLS)
+    for i in unrolled(ROWS):
+        a_at[i] = row_of(thread, i) * a_step
+    for j in unrolled(COLS):
+        b_at[j] = column_of(thread, j) * b_step
+    for i in unrolled(ROWS):
+        for j in unrolled(COLS):
+            s[i, j] = real(0)
+    for e in range(width):
+        for i in unrolled(ROWS):
+            x[i] = a[a_at[i] + e]
+        for j in unrolled(COLS):
+            y = b[b_at[j] + e]
+            for i in unrolled(ROWS):
+                s[i, j] += x[i] * y
+    return packed(s)
+
+
+# each: NAME, WIDE, STEP
+
+
+@device
+def add_NAME(o_before, p_given, b, weights, thread):
+    o = registers(ROWS, WIDE)
+    p = registers(ROWS, COLS)
+    x = registers(ROWS)
+    at = registers(ROWS)
+    columns = registers(WIDE)
+    o = unpacked(o_before)
+    p = unpacked(p_given)
+    for i in unrolled(ROWS):
+        at[i] = row_of(thread, i) * WEIGHTS_STEP
+        for j in unrolled(COLS):
+            weights[at[i] + column_of(thread, j)] = p[i, j]
+    for d in unrolled(WIDE):
+        columns[d] = column_of(thread, d)
+    sync_warp()
+    for j in range(COLUMN_TILE):
+        for i in unrolled(ROWS):
+            x[i] = weights[at[i] + j]
+        for d in unrolled(WIDE):
+            y = b[j * STEP + columns[d]]
+            for i in unrolled(ROWS):
+                o[i, d] += x[i] * y
+    sync_warp()
+    return packed(o)
+
+
+@device
+def add_NAME_carefully(o_before, p_given, b, weights, gone, thread):
+    o = registers(ROWS, WIDE)
+    p = registers(ROWS, COLS)
+    x = registers(ROWS)
+    at = registers(ROWS)
+    o = unpacked(o_before)
+    p = unpacked(p_given)
+    for i in unrolled(ROWS):
+        at[i] = row_of(thread, i) * WEIGHTS_STEP
+        for j in unrolled(COLS):
+            weights[at[i] + column_of(thread, j)] = p[i, j]
+    sync_warp()
+    for j in range(COLUMN_TILE):
+        for i in unrolled(ROWS):
+            x[i] = weights[at[i] + j]
+        for d in unrolled(WIDE):
+            y = b[j * STEP + column_of(thread, d)]
+            for i in unrolled(ROWS):
+                o[i, d] = select(x[i] == gone, o[i, d], o[i, d] + x[i] * y)
+    sync_warp()
+    return packed(o)
+
+
+# end
+
+
+@device
+def fetch(tile, tile_rows, step, padded, read, source, base, row_step, col_step, width, count, rows_a_head, head_step, thread):
+    """Rows of a head to shared memory: a row is `padded` numbers, 0 past `width` and in rows past `count`."""
+    for r in range(thread // LANES, tile_rows, THREADS // LANES):
+        row = r % rows_a_head
+        at = base + r // rows_a_head * head_step + row * row_step
+        for e in range(thread % LANES, padded, LANES):
+            if (row < count) & (e < width):
+                tile[r * step + e] = read(source, at + e * col_step)
+            else:
+                tile[r * step + e] = real(0)
+
+
+@device
+def arrived():
+    """Nothing is fetched in the background."""
