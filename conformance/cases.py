@@ -71,6 +71,13 @@ class Case:
     def heads(self) -> int:
         return self.kv_heads * self.group
 
+    def within(self, reach: int | None) -> Case:
+        """The same with lengths of at most about `reach`, as an emulated engine needs it; a ragged tail stays as ragged."""
+        if reach is None or max(self.q_len, self.kv_len) <= reach:
+            return self
+        q_len, kv_len = (n if n <= reach else reach - reach % 16 + n % 16 for n in (self.q_len, self.kv_len))
+        return self.but(q_len=q_len, kv_len=kv_len)
+
     def but(self, **changes: Any) -> Case:
         """The same with some fields changed."""
         return replace(self, **changes)

@@ -42,7 +42,7 @@ def check_case(backend: Backend, case: Case) -> Ran | None:
 
 def run_case(backend: Backend, case: Case) -> Ran | None:
     """The results, not yet compared; None if the backend refuses."""
-    built = build(case, device_of(backend))
+    built = build(case.within(getattr(backend, "reach", None)), device_of(backend))
     problem, tensors = prepare(**built.arguments)
     if reasons := backend.unsupported(problem):
         check_refusal(backend, problem, tensors, reasons)

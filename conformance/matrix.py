@@ -70,10 +70,13 @@ class Cell:
 
 
 class Matrix:
-    """`asked`: the backends were named explicitly; for each of them something must have been compared."""
+    """`asked`: the backends were named explicitly; for each of them something must have been compared.
 
-    def __init__(self, backends: list[str], asked: bool):
-        self.backends, self.asked = backends, asked
+    `how`: the word for the emulation of each backend that did not run on its own device.
+    """
+
+    def __init__(self, backends: list[str], asked: bool, how: dict[str, str] | None = None):
+        self.backends, self.asked, self.how = backends, asked, how or {}
         self.rows: dict[str, dict[str, Cell]] = {}
 
     def add(self, backend: str, test: str, cell: Cell) -> None:
@@ -104,6 +107,7 @@ class Matrix:
             for name, cell in row.items():
                 by_backend.setdefault(name, {})[test] = cell.as_dict()
         return {
+            "how": self.how,
             "compared": {name: self.compared(name) for name in self.backends},
             "backends": by_backend,
             "faults": self.faults(),
@@ -116,7 +120,8 @@ class Matrix:
         foot = [
             f"{self.compared(name)} compared, worst {self._worst(name):.0%} of the budget" for name in names
         ]
-        table = Table("test", *names, show_footer=False, show_lines=False, pad_edge=False)
+        titles = [f"{name} ({self.how[name]})" if name in self.how else name for name in names]
+        table = Table("test", *titles, show_footer=False, show_lines=False, pad_edge=False)
         for test, cells in lines:
             table.add_row(test.removeprefix("test_"), *(_styled(cell) for cell in cells))
         table.add_section()

@@ -23,6 +23,10 @@ from flexref.conformance.matrix import Cell, Matrix
 
 SUITE = Path(__file__).resolve().parent
 PROFILES = {"quick": 25, "full": 250}
+# an emulated engine runs about a thousand times slower than on its own device
+EMULATED = {"quick": 8, "full": 80}
+# where hypothesis keeps the settings of a test; it has no public way to change them for one item
+_SETTINGS = "_hypothesis_internal_use_settings"
 MATRIX = pytest.StashKey[Matrix]()
 
 
@@ -62,7 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
     quick = profile == "quick"
     settings.register_profile("flexref", **common, derandomize=quick, database=None)  # type: ignore[arg-type]
     settings.load_profile("flexref")
-    config.stash[MATRIX] = Matrix([backend.name for backend in selected(config)], bool(asked(config)))
+    how = {backend.name: how_of(backend) for backend in selected(config)}
+    config.stash[MATRIX] = Matrix(list(how), bool(asked(config)), {name: word for name, word in how.items() if word})
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -70,14 +75,19 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     for backend in selected(config):
         why = backend.unavailable()
         known = len(gaps_of(backend))
-        state = f"unavailable: {'; '.join(why)}" if why else "available"
+        state = f"unavailable: {'; '.join(why)}" if why else how_of(backend) or "available"
         lines.append(f"flexref backend {backend.name}: {state}" + (f"; {known} known gaps" if known else ""))
     return lines
 
 
 def selected(config: pytest.Config) -> list[Backend]:
-    """The backends that `--backend` names, or all that are found."""
+    """The backends that `--backend` names, or all that are found; one that this machine cannot run, as it is emulated."""
     return list(_selected(asked(config)))
+
+
+def how_of(backend: Backend) -> str:
+    """ "" for a backend on its own device, else the word for its emulation: "interpreted", "simulated"."""
+    return str(getattr(backend, "how", ""))
 
 
 def asked(config: pytest.Config) -> tuple[str, ...]:
@@ -87,7 +97,17 @@ def asked(config: pytest.Config) -> tuple[str, ...]:
 @cache
 def _selected(names: tuple[str, ...]) -> tuple[Backend, ...]:
     found = find_backends()
-    return tuple(_named(name, found) for name in names) if names else tuple(found.values())
+    chosen = [_named(name, found) for name in names] if names else found.values()
+    return tuple(_runnable(backend) for backend in chosen)
+
+
+def _runnable(backend: Backend) -> Backend:
+    """The backend, or where it has no device here, the same kernels emulated on the CPU if it can do that."""
+    emulated = getattr(backend, "emulated", None)
+    if emulated is None or not backend.unavailable():
+        return backend
+    stand_in = emulated()
+    return backend if stand_in.unavailable() else stand_in
 
 
 def _named(name: str, found: dict[str, Backend]) -> Backend:
@@ -127,7 +147,7 @@ def suite_tests() -> frozenset[str]:
 
 def gaps_of(backend: Backend) -> list[Gap]:
     """The known gaps in gaps.toml beside a backend's module; UsageError if one is incomplete or matches no test."""
-    home = getattr(backend, "__file__", None)
+    home = getattr(find_backends().get(backend.name, backend), "__file__", None)
     path = Path(home).parent / "gaps.toml" if home else None
     if path is None or not path.exists():
         return []
@@ -184,9 +204,19 @@ def row_of(item: pytest.Item) -> str:
     return getattr(item, "originalname", None) or item.name
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item):
     LEDGER.clear()
+    backend, test = backend_of(item), getattr(item, "obj", None)
+    given = getattr(test, _SETTINGS, None)
+    if backend is None or not how_of(backend) or given is None:
+        return (yield)
+    count = EMULATED[str(item.config.getoption("--conformance-profile"))]
+    setattr(test, _SETTINGS, settings(given, max_examples=min(count, given.max_examples)))
+    try:
+        return (yield)
+    finally:
+        setattr(test, _SETTINGS, given)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -19,6 +19,10 @@ class Backend(Protocol):
 
     Nothing here is told of autograd, tracing, validation or other backends. `options` maps each known
     kernel option to one line of explanation. `rank`: higher is tried first; the reference is 0.
+
+    A backend of a device that is often absent may also have `emulated() -> Backend`: the very same kernels run on CPU
+    tensors, slowly. Only the conformance suite asks for it, where `unavailable()` has reasons. What it returns has two
+    attributes more: `how`, one word for the matrix, and `reach`, the longest length worth running, or None.
     """
 
     name: str

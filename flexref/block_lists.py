@@ -108,6 +108,12 @@ def transpose(offsets: Tensor, indices: Tensor, grid: Grid) -> tuple[Tensor, Ten
     return _offsets(counts), (row % max(grid.rows, 1))[order].to(torch.int32)
 
 
+def by_work(lists: Lists) -> Tensor:
+    """int32: the flat rows, those with the most listed blocks first; rows with as many stay in order."""
+    counts = lists.offsets.diff() + lists.full_offsets.diff()
+    return torch.sort(counts, descending=True, stable=True).indices.to(torch.int32)
+
+
 def row_of_entry(offsets: Tensor) -> Tensor:
     """The flat row of each listed block, counted from the first row of `offsets`."""
     counts = offsets.diff()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexref.block_arguments import check_mask_mod, checked_block_size, checked_size
-from flexref.block_lists import Grid, Lists, first_problem, from_padded, to_padded, transpose
+from flexref.block_lists import Grid, Lists, by_work, first_problem, from_padded, to_padded, transpose
 from flexref.mask_mods import noop_mask
 
 # arguments of torch's constructors that order the work of its kernels and mean nothing
@@ -102,6 +102,16 @@ class TorchForm:
     def csc(self) -> Lists:
         """The same lists by column: flat row (b * H + h) * columns + column lists rows of query blocks."""
         return Lists(*transpose(*self.csr[:2], self.grid), *transpose(*self.csr[2:], self.grid))
+
+    @cached_property
+    def row_order(self) -> Tensor:
+        """int32 (B * H * rows,): the flat rows of csr, those that list the most blocks first, for launching in that order."""
+        return by_work(self.csr)
+
+    @cached_property
+    def column_order(self) -> Tensor:
+        """int32 (B * H * columns,): the flat columns of csc, those that list the most blocks first."""
+        return by_work(self.csc)
 
     @cached_property
     def _by_row(self) -> tuple[Any, ...]:

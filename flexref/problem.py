@@ -70,6 +70,11 @@ class Problem:
         return self.q_heads // self.kv_heads
 
     @property
+    def extents(self) -> dict[str, int]:
+        """How many values each index of a mod takes: 0 to one less."""
+        return {"b": self.batch, "h": self.q_heads, "q_idx": self.q_len, "kv_idx": self.kv_len}
+
+    @property
     def needs_backward(self) -> bool:
         """Whether anything at all needs a gradient."""
         return any(self.needs_grad) or any(c.needs_grad for c in self.captures)

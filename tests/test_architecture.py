@@ -23,6 +23,7 @@ BELOW = {
     "errors": "",
     "recent": "",
     "index_error": "errors problem program",
+    "index_proof": "recent problem program",
     "reference": "",
     "program": "errors recent",
     "block": "errors recent program",
@@ -32,7 +33,7 @@ BELOW = {
     "arguments": "errors recent problem program block",
     "autograd": "errors recent backend problem program block",
     "dispatch": "errors recent autograd arguments backend problem program block",
-    "backends": "errors index_error recent problem program block",
+    "backends": "errors index_error index_proof recent problem program block",
     "conformance": "errors recent reference autograd arguments backend problem program block variants",
 }
 BLOCK = ("mask_mods", "mod_objects")

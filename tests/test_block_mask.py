@@ -607,3 +607,12 @@ def test_a_long_mask_is_never_held_dense():
     held = sum(x.numel() * x.element_size() for x in mask.csr)
     assert held < 64 << 10
     assert len(mask.csr.indices) + len(mask.csr.full_indices) == 2 * sum(min(r, 8) + 1 for r in range(512))
+
+
+def test_rows_and_columns_are_ordered_by_work():
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 48, 64, device="cpu", BLOCK_SIZE=16)
+    assert mask.row_order.tolist() == [2, 1, 0] and mask.row_order.dtype == torch.int32
+    assert mask.column_order.tolist() == [0, 1, 2, 3]
+    upside_down = create_block_mask(lambda b, h, q, k: (q >= k) ^ (h == 1), None, 2, 48, 48, device="cpu", BLOCK_SIZE=16)
+    counts = (upside_down.csr.offsets.diff() + upside_down.csr.full_offsets.diff())[upside_down.row_order.long()]
+    assert (counts.diff() <= 0).all() and sorted(upside_down.row_order.tolist()) == list(range(6))

@@ -10,13 +10,12 @@ from flexref.backends.numba_cpu.cache import DENSE, addresses_of
 from flexref.backends.numba_cpu.emitter import NumbaEmitter
 from flexref.problem import Capture, Problem
 from flexref.program.derive import derive
-from flexref.program.intervals import evaluate_intervals, index_ranges, interval
 from flexref.program.ir import Graph
+from flexref.program.proofs import WIDEST_INT, all_safe, safe_reads, small_ints
 from flexref.program.template import fill
 
 _SOURCES = Path(__file__).parent / "kernels"
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
-_WIDEST_INT = 2**31 - 1
 
 
 def addresses(problem: Problem, backward: bool) -> dict[str, int]:
@@ -102,22 +101,14 @@ class _Holes:
         self.problem = problem
         self.graphs = [g for g in graphs_and_scalars if isinstance(g, Graph)]
         self.scalars = next(x for x in graphs_and_scalars if isinstance(x, tuple))
-        self.small_index = max(problem.q_len, problem.kv_len) < _WIDEST_INT
+        self.small_index = max(problem.q_len, problem.kv_len) < WIDEST_INT
         self.checks = False
 
     def emit(self, graph: Graph, prefix: str, known: Graph | None = None) -> tuple[list[str], dict[str, str]]:
-        extents = {
-            "b": self.problem.batch,
-            "h": self.problem.q_heads,
-            "q_idx": self.problem.q_len,
-            "kv_idx": self.problem.kv_len,
-        }
-        safe = set()
-        for position, ranges in index_ranges(graph, extents).items():
-            shape = self.problem.captures[int(graph.nodes[position].attr)].shape  # type: ignore[arg-type]
-            safe |= {(position, d) for d, (low, high) in enumerate(ranges) if 0 <= low and high < shape[d]}
-            self.checks |= len([d for p, d in safe if p == position]) < len(shape)
-        emitter = NumbaEmitter(self.problem.captures, _small(graph, extents), frozenset(safe))
+        extents, shapes = self.problem.extents, [capture.shape for capture in self.problem.captures]
+        safe = safe_reads(graph, extents, shapes)
+        self.checks |= not all_safe(graph, safe)
+        emitter = NumbaEmitter(self.problem.captures, small_ints(graph, extents), safe)
         inputs = {"score": "score", "grad": "grad", "b": "b", "h": "h", "q_idx": "q_idx", "kv_idx": "kv_idx"}
         return emitter.emit(graph, prefix, inputs)
 
@@ -139,21 +130,6 @@ class _Holes:
         buffers = sorted({int(g.nodes[i].attr) for g in self.graphs for i in g.loads})  # type: ignore[arg-type]
         opening = NumbaEmitter(self.problem.captures, frozenset(), frozenset()).opening(buffers)
         return fill(_source(name), {"types": types, "captured": opening, **holes})
-
-
-@lru_cache(maxsize=512)
-def _small_cached(graph: Graph, extents: tuple[tuple[str, int], ...]) -> frozenset[int]:
-    inputs = {name: interval(0.0, max(extent - 1.0, 0.0)) for name, extent in extents}
-    wide = interval(-float("inf"), float("inf"))
-    # a captured number is another one at the next call, so nothing is known of it here
-    ranges = evaluate_intervals(graph, inputs, lambda node, indices: wide, scalars=None)
-    fits = {i for i, x in enumerate(ranges) if float(x.low) >= -_WIDEST_INT and float(x.high) <= _WIDEST_INT}
-    return frozenset(i for i in fits if graph.nodes[i].type == "int" and graph.nodes[i].op not in ("load", "scalar"))
-
-
-def _small(graph: Graph, extents: dict[str, int]) -> frozenset[int]:
-    """The int nodes whose values fit 32 bits whatever the captured tensors and numbers are."""
-    return _small_cached(graph, tuple(extents.items()))
 
 
 @lru_cache(maxsize=16)

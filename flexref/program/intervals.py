@@ -58,6 +58,8 @@ def evaluate_intervals(
             values.append(_compare(node.op, *args, margin=0.0 if exact else _MARGIN))
         elif node.op in _RULES:
             values.append(_known(_RULES[node.op](*args)))
+            if node.op == "remainder" and node.type == "int":
+                values[-1] = _int_remainder(values[-1], args[1])
         else:
             values.append(_WIDEST[node.type])
     return values
@@ -158,6 +160,11 @@ def _remainder(a: Interval, b: Interval) -> Interval:
     low = torch.where(same_turn, a.low - turn * b.low, torch.where(b.low > 0, 0.0, -_INF))
     high = torch.where(same_turn, a.high - turn * b.low, torch.where(b.low > 0, b.high, _INF))
     return Interval(low, high)
+
+
+def _int_remainder(x: Interval, divisor: Interval) -> Interval:
+    """Of whole numbers: at most one less than a positive divisor."""
+    return Interval(x.low, torch.where(divisor.low > 0, torch.minimum(x.high, divisor.high - 1), x.high))
 
 
 def _abs(a: Interval) -> Interval:

@@ -1,0 +1,68 @@
+"""Whether captured tensors can be read out of range at all (R13), from what the index tensors hold.
+
+A kernel on a GPU can only tell of a bad index through memory that the host waits for. So the host looks first: the
+smallest and the largest value of each captured tensor of integers, once for as long as nobody writes to it, bound every
+index that comes out of it. What stays open after that is checked by the kernel.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flexref.problem import Problem, Tensors
+from flexref.program.intervals import Interval, evaluate_intervals, interval
+from flexref.program.ir import Graph, Node
+from flexref.program.proofs import all_safe, safe_reads
+from flexref.recent import Recent
+
+_bounds = Recent(1024)
+_proofs = Recent(1024)
+_INF = float("inf")
+
+
+def proved_in_range(problem: Problem, tensors: Tensors) -> bool:
+    """Whether no index that a mod gives to a captured tensor is out of range; negative ones count from the end.
+
+    Waits for the device once for each captured tensor of integers that is new or was written to, and never again.
+    """
+    graphs = [graph for graph in (problem.score, problem.mask) if graph is not None and graph.loads]
+    if not graphs:
+        return True
+    if problem.kv_len == 0 or problem.q_len == 0 or problem.batch == 0:
+        return True
+    shapes = [capture.shape for capture in problem.captures]
+    if all(all_safe(graph, safe_reads(graph, problem.extents, shapes)) for graph in graphs):
+        return True
+    bounds = tuple(_bounds_of(t) for t in tensors.captured)
+    key = (problem.score, problem.mask, tuple(problem.extents.values()), tuple(shapes), bounds, tensors.scalars)
+    return _proofs.get(key, lambda: all(_in_range(graph, problem, bounds, tensors.scalars) for graph in graphs))
+
+
+def _bounds_of(tensor: Tensor) -> tuple[float, float]:
+    """The least and the greatest element of a tensor of integers; of any other, no bounds."""
+    if tensor.is_floating_point() or tensor.numel() == 0:
+        return -_INF, _INF
+    if tensor.is_inference():
+        return _read_bounds(tensor)
+    key = (id(tensor), tensor._version, tensor.data_ptr())
+    return _bounds.get(key, lambda: _read_bounds(tensor), keep_alive=tensor)
+
+
+def _read_bounds(tensor: Tensor) -> tuple[float, float]:
+    low, high = tensor.detach().aminmax()
+    return float(low), float(high)
+
+
+def _in_range(graph: Graph, problem: Problem, bounds: tuple[tuple[float, float], ...], scalars) -> bool:
+    inputs = {name: interval(0.0, max(extent - 1.0, 0.0)) for name, extent in problem.extents.items()}
+    sound = True
+
+    def load(node: Node, indices: list[Interval]) -> Interval:
+        nonlocal sound
+        buffer = int(node.attr)  # type: ignore[arg-type]
+        for index, size in zip(indices, problem.captures[buffer].shape, strict=True):
+            sound &= float(index.low) >= -size and float(index.high) < size
+        return interval(*bounds[buffer])
+
+    evaluate_intervals(graph, inputs, load, scalars)
+    return sound
