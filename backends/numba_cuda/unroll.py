@@ -36,7 +36,8 @@ class _Expand(ast.NodeTransformer):
         free = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in self.constants]
         if free or any(isinstance(n, ast.Call | ast.Subscript | ast.Attribute) for n in ast.walk(node)):
             raise _Dynamic(ast.unparse(node))
-        return eval(compile(ast.Expression(node), "<constant>", "eval"), {"__builtins__": {}}, self.constants)
+        whole = ast.fix_missing_locations(ast.Expression(node))
+        return eval(compile(whole, "<constant>", "eval"), {"__builtins__": {}}, self.constants)
 
     def number(self, node: ast.expr) -> int:
         try:
@@ -120,8 +121,10 @@ class _Expand(ast.NodeTransformer):
                 raise SyntaxError(f"line {node.lineno}: {ast.unparse(node)} is no register of {node.value.id}{sizes}")
             return ast.Name("_".join(map(str, (node.value.id, *place))), node.ctx)
         self.generic_visit(node)
+        if isinstance(node.slice, ast.Slice):
+            return node
         node.slice = self.folded(node.slice)
-        if self.unsigned and not isinstance(node.slice, ast.Constant | ast.Slice):
+        if self.unsigned and not isinstance(node.slice, ast.Constant):
             node.slice = ast.Call(ast.Name("unsigned", ast.Load()), [node.slice], [])
         return node
 

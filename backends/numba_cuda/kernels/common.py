@@ -70,3 +70,21 @@ def tiles_listed(list_row, offsets, full_offsets, tiles_a_block):
         return blocks * tiles_a_block
     else:
         return tiles_a_block
+
+
+@device
+def row_task(task, sizes, order):
+    """(batch, first head, row of the block mask, first query) of a tile of query rows; the rows with the most blocks come first."""
+    tiles = (smaller(sizes[Q_BLOCK], sizes[Q_LEN]) + Q_ROWS - 1) // Q_ROWS
+    if HAS_LISTS:
+        rest = task % sizes[RESTS]
+        flat = task // sizes[RESTS]
+        list_row = int64(order[flat // tiles])
+        row = list_row % sizes[MASK_ROWS]
+        head = list_row // sizes[MASK_ROWS]
+        h0 = head % sizes[MASK_HEADS] + rest % sizes[HEADS_LEFT] * PACK
+        b = head // sizes[MASK_HEADS] + rest // sizes[HEADS_LEFT]
+        return b, h0, row, row * sizes[Q_BLOCK] + flat % tiles * Q_ROWS
+    else:
+        rest = task // tiles
+        return rest // sizes[HEADS_LEFT], rest % sizes[HEADS_LEFT] * PACK, int64(0), task % tiles * Q_ROWS

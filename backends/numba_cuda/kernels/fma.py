@@ -88,17 +88,23 @@ def add_NAME_carefully(o_before, p_given, b, weights, gone, thread):
 # end
 
 
+# each: NAME, WIDTH, PADDED, STEP
+
+
 @device
-def fetch(tile, tile_rows, step, padded, read, source, base, row_step, col_step, width, count, rows_a_head, head_step, thread):
-    """Rows of a head to shared memory: a row is `padded` numbers, 0 past `width` and in rows past `count`."""
+def fetch_NAME(tile, tile_rows, source, base, row_step, col_step, count, rows_a_head, head_step, thread):
+    """Rows of heads, rows_a_head of each, to shared memory as `real`; zeros past the width and in rows past `count`."""
     for r in range(thread // LANES, tile_rows, THREADS // LANES):
         row = r % rows_a_head
         at = base + r // rows_a_head * head_step + row * row_step
-        for e in range(thread % LANES, padded, LANES):
-            if (row < count) & (e < width):
-                tile[r * step + e] = read(source, at + e * col_step)
+        for e in range(thread % LANES, PADDED, LANES):
+            if (row < count) & (e < WIDTH):
+                tile[r * STEP + e] = read_NAME(source, at + e * col_step)
             else:
-                tile[r * step + e] = real(0)
+                tile[r * STEP + e] = real(0)
+
+
+# end
 
 
 @device

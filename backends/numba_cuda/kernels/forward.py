@@ -24,6 +24,8 @@ def forward(
     task = task // sizes[SPLITS]
     b, h0, row, q0 = row_task(task, sizes, order)
     q_end = smaller(sizes[Q_LEN], (row + 1) * sizes[Q_BLOCK])
+    if q0 >= q_end:
+        return
     kv_head = h0 // sizes[GROUP]
     k_base = b * sizes[K_B] + kv_head * sizes[K_H]
     v_base = b * sizes[V_B] + kv_head * sizes[V_H]

@@ -18,6 +18,11 @@ zero_bits = uint16(0)
 device = cuda.jit(device=True, forceinline=True)
 
 
+def array_of(kind):
+    """The type of a shared array's elements."""
+    return kind
+
+
 def kernel(function):
     """Marks a kernel; compiler.py compiles it for the types that it is called with."""
     return function

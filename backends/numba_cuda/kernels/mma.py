@@ -96,31 +96,37 @@ def add_NAME_carefully(o_before, p_given, b, weights, gone, thread):
 # end
 
 
+# each: NAME, WIDTH, PADDED, STEP
+
+
 @device
-def fetch(tile, tile_rows, step, padded, read, source, base, row_step, col_step, width, count, rows_a_head, head_step, thread):
-    """Rows of a head to shared memory: a row is `padded` numbers, 0 past `width` and in rows past `count`.
+def fetch_NAME(tile, tile_rows, source, base, row_step, col_step, count, rows_a_head, head_step, thread):
+    """Rows of heads, rows_a_head of each, to shared memory as they are; zeros past the width and in rows past `count`.
 
     ALIGNED: rows are whole runs of 16 bytes, which travel in the background until `arrived`.
     """
     if ALIGNED:
-        runs = padded // 8
+        runs = PADDED // 8
         for at in range(thread, tile_rows * runs, THREADS):
             r = at // runs
             e = (at - r * runs) * 8
             row = r % rows_a_head
-            inside = (row < count) & (e < width)
+            inside = (row < count) & (e < WIDTH)
             # an address that nothing is read from shall be a valid one, too
-            start = select(inside, base + r // rows_a_head * head_step + row * row_step + e, base)
-            copy16(tile, r * step + e, source, start, inside)
+            start = select(inside, base + r // rows_a_head * head_step + row * row_step + e, int64(0))
+            copy16(tile, r * STEP + e, source, start, inside)
     else:
         for r in range(thread // LANES, tile_rows, THREADS // LANES):
             row = r % rows_a_head
             at = base + r // rows_a_head * head_step + row * row_step
-            for e in range(thread % LANES, padded, LANES):
-                if (row < count) & (e < width):
-                    tile[r * step + e] = source[at + e * col_step]
+            for e in range(thread % LANES, PADDED, LANES):
+                if (row < count) & (e < WIDTH):
+                    tile[r * STEP + e] = source[at + e * col_step]
                 else:
-                    tile[r * step + e] = zero_bits
+                    tile[r * STEP + e] = zero_bits
+
+
+# end
 
 
 @device

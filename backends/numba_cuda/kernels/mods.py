@@ -32,10 +32,11 @@ def score_mod(
 
 @device
 def grad_mod(
-    score, d_weight, row_max, log_sum, delta, b, h, q_at, kv_at, concerned, errors, dims, floats, ints, gathered,
+    score, d_weight, row_max, log_sum, delta, b, h, q_at, kv_at, concerned, counted, errors, dims, floats,
+    ints,
     # hole: captured
 ):
-    """(weight, d raw score), both exactly 0 where masked, and what each captured element that no index of the tile picks gets.
+    """(weight, d raw score), both exactly 0 where masked, and what is added to elements that the whole tile reads.
 
     row_max is natural, log_sum is log2 of the row's sum of weights: lse alone is too coarse where scores share a large offset.
     """
@@ -46,9 +47,8 @@ def grad_mod(
     weight = select(seen, exp2((modified - row_max) * LOG2E - log_sum), real(0))
     grad = select(seen, weight * (d_weight - delta), real(0))
     # hole: derivative
-    if GATHER:
-        # hole: d_captured
-        pass
+    counted = counted & seen
+    # hole: d_captured
     return (
         weight, select(seen, d_score, real(0)),
         # hole: shared_parts

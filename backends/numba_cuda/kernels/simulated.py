@@ -26,6 +26,11 @@ def device(function):
     return function
 
 
+def array_of(kind):
+    """The type of a shared array's elements."""
+    return np.dtype(kind)
+
+
 def kernel(function):
     return function
 

@@ -1,0 +1,60 @@
+"""Where kernels run: on a GPU, or in Numba's simulator on tensors of the CPU."""
+from __future__ import annotations
+
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexref.backends.numba_cuda.compiler import function_of
+from flexref.backends.numba_cuda.geometry import Geometry
+
+# half types and bools as NumPy and Numba know them
+_BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.uint16, torch.bool: torch.uint8}
+
+
+class Device(Protocol):
+    """`simulated`: few threads a block and small tiles. An argument is a tensor or a tuple of Python numbers."""
+
+    simulated: bool
+
+    def processors(self, like: Tensor) -> int: ...
+
+    def zeros(self, dtype: torch.dtype, like: Tensor, fresh: bool = False) -> Tensor: ...
+
+    def run(self, source: str, name: str, grid: int, geometry: Geometry, shared: int, arguments: list) -> None: ...
+
+
+def flat(x: Tensor) -> Tensor:
+    """The memory of `x` from its first element to its last, as one dimension; a zero if it has none."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    if x.numel() == 0:
+        return torch.zeros(1, dtype=_BITS.get(x.dtype, x.dtype), device=x.device)
+    size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.detach().as_strided((size,), (1,)).view(_BITS.get(x.dtype, x.dtype))
+
+
+class Simulator:
+    """Numba's simulator on the CPU, as if it had two processors."""
+
+    simulated = True
+
+    def processors(self, like: Tensor) -> int:
+        return 2
+
+    def zeros(self, dtype: torch.dtype, like: Tensor, fresh: bool = False) -> Tensor:
+        return torch.zeros(1, dtype=dtype)
+
+    def run(self, source: str, name: str, grid: int, geometry: Geometry, shared: int, arguments: list) -> None:
+        from flexref.backends.numba_cuda import simulator
+
+        simulator.cuda()
+        given = [simulator.Flat(flat(x).numpy()) if isinstance(x, Tensor) else x for x in arguments]
+        simulator.run(function_of(source, name), grid, geometry.threads, geometry.lanes, shared, given)
+
+
+@cache
+def simulator() -> Simulator:
+    return Simulator()

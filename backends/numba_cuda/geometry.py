@@ -1,0 +1,123 @@
+"""How a tile is shared out over a block of threads, and what lies where in shared memory."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from flexref.problem import Problem
+
+HALVES = (torch.float16, torch.bfloat16)
+# what every chip since compute capability 8.0 has for one block of threads, and what one has without asking for more
+LEAST_SHARED, PLAIN_SHARED = 99 * 1024, 48 * 1024
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """`threads` of warps of `lanes`; `spread` lanes share a row; a thread owns rows x cols, `pair` columns side by side."""
+
+    product: str
+    threads: int
+    lanes: int
+    rows: int
+    cols: int
+    spread: int
+    pair: int
+
+    @property
+    def row_tile(self) -> int:
+        return self.threads // self.spread * self.rows
+
+    @property
+    def column_tile(self) -> int:
+        return self.cols * self.spread
+
+    def wide(self, width: int) -> int:
+        """Columns of an accumulator that a thread owns."""
+        return self.padded(width) // self.spread
+
+    def padded(self, width: int) -> int:
+        """A row's length in shared memory: whole pieces of what the threads of a row own."""
+        piece = 16 if self.product == "mma" else self.spread * self.pair
+        return -(-width // piece) * piece
+
+    def step(self, width: int) -> int:
+        """From one row in shared memory to the next, so that rows begin in different banks."""
+        return self.padded(width) + 8 if self.product == "mma" else self.padded(width) | 1
+
+
+# what a simulated block of threads has; two lanes share a row, so that what they do together is simulated, too
+SIMULATED = {
+    "fma": Geometry("fma", threads=4, lanes=4, rows=4, cols=4, spread=2, pair=1),
+    "mma": Geometry("mma", threads=32, lanes=32, rows=2, cols=4, spread=4, pair=2),
+}
+
+
+def product_of(problem: Problem, simulated: bool) -> str:
+    """Which product: "mma" for half types unless it is asked not to be, or simulated, which takes a second a tile."""
+    asked = dict(problem.options).get("product")
+    if asked is not None:
+        return str(asked)
+    return "mma" if problem.dtype in HALVES and not simulated else "fma"
+
+
+def geometry_of(problem: Problem, kernel: str, simulated: bool) -> Geometry:
+    """The tile for a kernel: as asked for by the options q_tile and kv_tile, or the largest of a few that fit."""
+    product = product_of(problem, simulated)
+    if simulated:
+        return SIMULATED[product]
+    wide = max(problem.head_dim, problem.value_dim)
+    if product == "mma":
+        # keys have two accumulators, so fewer columns at a time; 255 registers are all that a thread can have
+        cols = 16 if kernel == "forward" and wide <= 128 else 8
+        geometry = Geometry("mma", threads=128, lanes=32, rows=2, cols=cols, spread=4, pair=2)
+    else:
+        double = problem.dtype == torch.float64
+        rows = 2 if wide > 128 or double or kernel == "backward_key" else 4
+        geometry = Geometry("fma", threads=128, lanes=32, rows=rows, cols=4, spread=8, pair=1)
+    return _asked(problem, kernel, geometry)
+
+
+def _asked(problem: Problem, kernel: str, geometry: Geometry) -> Geometry:
+    options = dict(problem.options)
+    rows, columns = ("kv_tile", "q_tile") if kernel == "backward_key" else ("q_tile", "kv_tile")
+    if rows in options:
+        tile = int(options[rows])  # type: ignore[call-overload]
+        a_warp = geometry.lanes // geometry.spread * geometry.rows
+        geometry = replace(geometry, threads=max(1, tile // a_warp) * geometry.lanes)
+    if columns in options:
+        tile = int(options[columns])  # type: ignore[call-overload]
+        piece = 16 if geometry.product == "mma" else geometry.spread
+        geometry = replace(geometry, cols=max(1, tile // piece) * piece // geometry.spread)
+    return geometry
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The tiles in shared memory: where each begins, in elements, and the size of all in bytes."""
+
+    starts: tuple[tuple[str, int], ...]
+    weights: int
+    bytes: int
+
+
+def shared_of(problem: Problem, kernel: str, geometry: Geometry) -> Shared:
+    """Tiles of query, grad_out, key and value, and for fma the weights, which its threads hand to one another."""
+    rows, columns = geometry.row_tile, geometry.column_tile
+    if kernel == "backward_key":
+        rows, columns = columns, rows
+    sizes = {
+        "Q_AT": rows * geometry.step(problem.head_dim),
+        "K_AT": columns * geometry.step(problem.head_dim),
+        "V_AT": columns * geometry.step(problem.value_dim),
+        "G_AT": rows * geometry.step(problem.value_dim) if kernel != "forward" else 0,
+    }
+    weights = geometry.row_tile * (geometry.column_tile + 1) if geometry.product == "fma" else 0
+    sizes["WEIGHTS_AT"] = weights
+    starts, place = [], 0
+    for name, size in sizes.items():
+        starts.append((name, place))
+        # ldmatrix and copies of 16 bytes want aligned rows
+        place += -(-size // 8) * 8
+    element = 2 if geometry.product == "mma" else problem.acc_dtype.itemsize
+    return Shared(tuple(starts), weights, place * element)
