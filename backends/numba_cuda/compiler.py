@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import os
+import stat
 import tempfile
 import threading
 import warnings
@@ -37,16 +38,26 @@ def function_of(source: str, name: str) -> Callable:
 
 
 def _written(source: str, name: str) -> str:
-    folder = _folder(os.environ.get("FLEXREF_CACHE") or _default_folder())
-    if folder is None:
+    path = path_of(name)
+    if path is None:
         return f"<flexref {name}>"
-    path = folder / name
     if not path.exists():
-        handle, temporary = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "w") as file:
-            file.write(source)
-        os.replace(temporary, path)
+        write(path, source.encode())
     return str(path)
+
+
+def path_of(name: str) -> Path | None:
+    """A file of the cache folder; None, with a warning once, if the folder cannot be used."""
+    folder = _folder(os.environ.get("FLEXREF_CACHE") or _default_folder())
+    return None if folder is None else folder / name
+
+
+def write(path: Path, content: bytes) -> None:
+    """Another process sees either no file or the whole of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    os.replace(temporary, path)
 
 
 def _default_folder() -> str:
@@ -60,10 +71,17 @@ def _folder(name: str) -> Path | None:
     path = Path(name).expanduser() / "numba_cuda"
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, probe = tempfile.mkstemp(dir=path)
-        os.close(handle)
-        os.unlink(probe)
+        status = path.stat()
+        writable = os.access(path, os.W_OK)
     except OSError as error:
-        warnings.warn(f"the cache folder {path} cannot be used ({error}); set FLEXREF_CACHE.", CacheWarning, stacklevel=2)
+        status, writable, why = None, False, str(error)
+    else:
+        why = "it is not writable"
+    foreign = status is not None and hasattr(os, "getuid") and status.st_uid != os.getuid()
+    if status is not None and (foreign or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        writable, why = False, "it belongs to another user or is writable by others"
+    if not writable:
+        text = f"the cache folder {path} cannot be used ({why}); kernels are made again in each process: set FLEXREF_CACHE."
+        warnings.warn(text, CacheWarning, stacklevel=2)
         return None
     return path

@@ -26,14 +26,19 @@ class Device(Protocol):
     def run(self, source: str, name: str, grid: int, geometry: Geometry, shared: int, arguments: list) -> None: ...
 
 
+def bits_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a kernel is given for a tensor's elements."""
+    return _BITS.get(dtype, dtype)
+
+
 def flat(x: Tensor) -> Tensor:
     """The memory of `x` from its first element to its last, as one dimension; a zero if it has none."""
     if x.is_neg():
         x = x.resolve_neg()
     if x.numel() == 0:
-        return torch.zeros(1, dtype=_BITS.get(x.dtype, x.dtype), device=x.device)
+        return torch.zeros(1, dtype=bits_of(x.dtype), device=x.device)
     size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.detach().as_strided((size,), (1,)).view(_BITS.get(x.dtype, x.dtype))
+    return x.detach().as_strided((size,), (1,)).view(bits_of(x.dtype))
 
 
 class Simulator:
@@ -53,6 +58,14 @@ class Simulator:
         simulator.cuda()
         given = [simulator.Flat(flat(x).numpy()) if isinstance(x, Tensor) else x for x in arguments]
         simulator.run(function_of(source, name), grid, geometry.threads, geometry.lanes, shared, given)
+
+
+@cache
+def gpu() -> Device:
+    """The GPUs that torch sees."""
+    from flexref.backends.numba_cuda.gpu import Gpu
+
+    return Gpu()
 
 
 @cache

@@ -122,7 +122,7 @@ def backward_key(
                 strange = strange | (d_key[i, e] - d_key[i, e] != 0)
             for e in unrolled(WIDE_grads):
                 strange = strange | (d_value[i, e] - d_value[i, e] != 0)
-        again = cuda.syncthreads_or(strange)
+        again = cuda.syncthreads_or(int32(strange))
         if careful | (again == 0):
             break
         careful = True

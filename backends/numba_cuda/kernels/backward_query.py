@@ -103,7 +103,7 @@ def backward_query(
         for i in unrolled(ROWS):
             for e in unrolled(WIDE_keys):
                 strange = strange | (acc[i, e] - acc[i, e] != 0)
-        again = cuda.syncthreads_or(strange)
+        again = cuda.syncthreads_or(int32(strange))
         if careful | (again == 0):
             break
         careful = True

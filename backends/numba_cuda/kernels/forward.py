@@ -144,7 +144,7 @@ def forward(
             shrink[i] = row_total(row_sum[i])
             for d in unrolled(WIDE_values):
                 strange = strange | ((o[i, d] - o[i, d] != 0) & (shrink[i] == shrink[i]))
-        again = cuda.syncthreads_or(strange)
+        again = cuda.syncthreads_or(int32(strange))
         if careful | (again == 0):
             break
         careful = True
