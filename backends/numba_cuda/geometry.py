@@ -32,6 +32,14 @@ class Geometry:
     def column_tile(self) -> int:
         return self.cols * self.spread
 
+    def down(self, i: int) -> int:
+        """From a thread's first row to its i-th."""
+        return i * (self.lanes // self.spread)
+
+    def across(self, j: int) -> int:
+        """From a thread's first column to its j-th."""
+        return j // self.pair * (self.pair * self.spread) + j % self.pair
+
     def wide(self, width: int) -> int:
         """Columns of an accumulator that a thread owns."""
         return self.padded(width) // self.spread

@@ -54,7 +54,7 @@ def kernel_source(problem: Problem, kernel: str, variant: Variant) -> str:
     """A Python module with the function `kernel`, complete: "forward", "backward_query", "backward_key", "delta" or "combine"."""
     constants = _constants(problem, kernel, variant)
     holes = {"machine": _machine(variant), "constants": _definitions(problem, variant, constants), "readers": _readers(problem)}
-    parts = [fill(source("common"), holes)]
+    parts = [_with_instances(fill(source("common"), holes), _ADDED.get(kernel, ()))]
     if kernel in _ADDED:
         parts += [_with_instances(source(variant.geometry.product), _ADDED[kernel]), *_mods_and(kernel, problem, variant)]
     else:
@@ -85,7 +85,7 @@ def _constants(problem: Problem, kernel: str, variant: Variant) -> dict[str, obj
         "HAS_LISTS": p.block_size is not None, "HAS_MASK": p.mask is not None, "HAS_SCORE": p.score is not None,
         "SPLIT": variant.split, "SAVES": p.needs_backward, "MAX_SCORES": p.need_max_scores, "ALIGNED": variant.aligned,
         "NEEDS_QUERY": p.needs_grad[0], "NEEDS_KEY": p.needs_grad[1], "NEEDS_VALUE": p.needs_grad[2],
-        "HAS_LSE_GRAD": variant.lse_grad,
+        "HAS_LSE_GRAD": variant.lse_grad, "down": g.down, "across": g.across,
     }  # fmt: skip
     for name, width in zip(_FETCHED, (p.head_dim, p.head_dim, p.value_dim, p.value_dim), strict=True):
         own = {"WIDTH": width, "PADDED": g.padded(width), "STEP": g.step(width), "WIDE": g.wide(width)}
@@ -128,7 +128,8 @@ def _readers(problem: Problem) -> list[str]:
     for name, dtype in read.items():
         value = f"from_{_NAMES[dtype]}(source[at])" if dtype in HALVES else "source[at]"
         lines += ["@device", f"def read_{name}(source, at):", f"    return real({value})", ""]
-    for name, dtype in {"out": problem.dtype, "key": problem.key_dtype, "value": problem.value_dtype}.items():
+    written = {"values": problem.dtype, "keys": problem.dtype, "queries": problem.key_dtype, "grads": problem.value_dtype}
+    for name, dtype in written.items():
         value = f"to_{_NAMES[dtype]}(float32(x))" if dtype in HALVES else f"{_NAMES[dtype]}(x)"
         lines += ["@device", f"def write_{name}(target, at, x):", f"    target[at] = {value}", ""]
     return lines
@@ -138,7 +139,7 @@ def _with_instances(text: str, added: tuple[str, ...]) -> str:
     """The sections `# each: NAME, ...` once for each tile that is added to, or fetched."""
 
     def instances(match: re.Match) -> str:
-        names = added if "add_NAME" in match[1] else _FETCHED
+        names = added if "add_NAME" in match[0] else _FETCHED
         return "".join(re.sub(r"\b(WIDTH|PADDED|STEP|WIDE)\b", rf"\1_{n}", match[1]).replace("NAME", n) for n in names)
 
     return _EACH.sub(instances, text)
@@ -226,7 +227,7 @@ class _Holes:
         sums_at_last = [f"cuda.atomic.add(g{buffer}, place[{c}], part[{c}])" for c, buffer in enumerate(buffers)]
         return {
             "captured": [f"{name}," for name in captured_names(self.problem, self.kernel)],
-            "mask_call": [f"allowed = allowed & mask_mod({where}, {common})"],
+            "mask_call": [f"allowed = allowed & (mask_mod({where}, partial, {common}) | (not partial))"],
             "score_call": [f"x = score_mod(x, {where}, allowed, {common})"],
             "grad_call": [grad, *sums], "shared_sums": sums_at_last or ["pass"],
         }  # fmt: skip

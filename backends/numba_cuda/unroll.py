@@ -5,7 +5,7 @@
     s = unpacked(f(packed(s)))          a tuple of all of them, there and back
     if CAREFUL: ...                     a condition of constants is decided now
 
-A constant is a name in capitals that launch.py gives a number; its expressions become their values. On a GPU an index of an
+A constant is a name in capitals, or a function of constants, that kernels_for.py gives a value; expressions of them become numbers. On a GPU an index of an
 array becomes unsigned: Numba would add code for negative ones, which count from the end.
 """
 from __future__ import annotations
@@ -33,9 +33,11 @@ class _Expand(ast.NodeTransformer):
 
     def value(self, node: ast.expr):
         """What an expression of constants is."""
-        free = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in self.constants]
-        if free or any(isinstance(n, ast.Call | ast.Subscript | ast.Attribute) for n in ast.walk(node)):
-            raise _Dynamic(ast.unparse(node))
+        for part in ast.walk(node):
+            free = isinstance(part, ast.Name) and part.id not in self.constants
+            called = isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and callable(self.constants.get(part.func.id)))
+            if free or called or isinstance(part, ast.Subscript | ast.Attribute):
+                raise _Dynamic(ast.unparse(node))
         whole = ast.fix_missing_locations(ast.Expression(node))
         return eval(compile(whole, "<constant>", "eval"), {"__builtins__": {}}, self.constants)
 
@@ -109,8 +111,8 @@ class _Expand(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call):
         if _is_call(node, "packed"):
             return ast.Tuple([ast.Name(name, ast.Load()) for name in self.all_of(node.args[0])], ast.Load())
-        self.generic_visit(node)
-        return node
+        folded = self.folded(node)
+        return folded if isinstance(folded, ast.Constant) else self.generic_visit(node)
 
     def visit_Subscript(self, node: ast.Subscript):
         if isinstance(node.value, ast.Name) and node.value.id in self.registers:

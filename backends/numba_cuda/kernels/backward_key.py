@@ -38,13 +38,19 @@ def backward_key(
     tiles_a_block = (smaller(sizes[Q_BLOCK], sizes[Q_LEN]) + COLUMN_TILE - 1) // COLUMN_TILE
     scale = real(floats[0])
 
+    my_row = row_of(thread)
+    my_column = column_of(thread)
     kv_at = registers(ROWS)
+    counts = registers(ROWS)
+    places = registers(ROWS)
+    factors = registers(ROWS)
     s = registers(ROWS, COLS)
     d = registers(ROWS, COLS)
     d_key = registers(ROWS, WIDE_queries)
     d_value = registers(ROWS, WIDE_grads)
     for i in unrolled(ROWS):
-        kv_at[i] = smaller(kv0 + row_of(thread, i), kv_end - 1)
+        counts[i] = True
+        kv_at[i] = smaller(kv0 + my_row + down(i), kv_end - 1)
     fetch_keys(
         k_tile, ROW_TILE, k, kv_b * sizes[K_B] + kv_head * sizes[K_H] + kv0 * sizes[K_ROW], sizes[K_ROW], sizes[K_COL],
         kv_end - kv0, ROW_TILE, 0, thread,
@@ -86,7 +92,7 @@ def backward_key(
                 d = unpacked(product(v_tile, STEP_values, g_tile, STEP_grads, VALUE_WIDTH, thread))
                 masked = (partial & HAS_MASK) | (kv_end - kv0 < ROW_TILE) | (q_end - q0 < COLUMN_TILE)
                 for j in unrolled(COLS):
-                    q_at = smaller(q0 + column_of(thread, j), q_end - 1)
+                    q_at = smaller(q0 + my_column + across(j), q_end - 1)
                     flat = (b * sizes[Q_HEADS] + h) * sizes[Q_LEN] + q_at
                     row_max = row_maxima[flat]
                     log_sum = log_sums[flat] * LOG2E
@@ -94,10 +100,9 @@ def backward_key(
                     for i in unrolled(ROWS):
                         allowed = True
                         if masked:
-                            allowed = (q0 + column_of(thread, j) < q_end) & (kv0 + row_of(thread, i) < kv_end)
+                            allowed = (q0 + my_column + across(j) < q_end) & (kv0 + my_row + down(i) < kv_end)
                             if HAS_MASK:
-                                if partial:
-                                    # hole: mask_call
+                                # hole: mask_call
                         x = s[i, j] * scale
                         # hole: grad_call
                 if NEEDS_VALUE:
@@ -116,26 +121,21 @@ def backward_key(
                         d_key = unpacked(add_queries(packed(d_key), packed(d), q_tile, weights, thread))
 
         # a number that is not finite may come from a masked query: once more, without the weights that are 0
-        strange = False
-        for i in unrolled(ROWS):
-            for e in unrolled(WIDE_queries):
-                strange = strange | (d_key[i, e] - d_key[i, e] != 0)
-            for e in unrolled(WIDE_grads):
-                strange = strange | (d_value[i, e] - d_value[i, e] != 0)
-        again = cuda.syncthreads_or(int32(strange))
+        fine = finite_queries(packed(d_key), packed(counts)) & finite_grads(packed(d_value), packed(counts))
+        again = cuda.syncthreads_or(int32(not fine))
         if careful | (again == 0):
             break
         careful = True
 
-    for i in unrolled(ROWS):
-        if kv0 + row_of(thread, i) < kv_end:
-            if NEEDS_KEY:
-                at = kv_b * sizes[DK_B] + kv_head * sizes[DK_H] + kv_at[i] * sizes[DK_ROW]
-                for e in unrolled(WIDE_queries):
-                    if column_of(thread, e) < WIDTH:
-                        write_key(dk, at + column_of(thread, e) * sizes[DK_COL], d_key[i, e] * scale)
-            if NEEDS_VALUE:
-                at = kv_b * sizes[DV_B] + kv_head * sizes[DV_H] + kv_at[i] * sizes[DV_ROW]
-                for e in unrolled(WIDE_grads):
-                    if column_of(thread, e) < VALUE_WIDTH:
-                        write_value(dv, at + column_of(thread, e) * sizes[DV_COL], d_value[i, e])
+    if NEEDS_KEY:
+        for i in unrolled(ROWS):
+            place = kv_b * sizes[DK_B] + kv_head * sizes[DK_H] + kv_at[i] * sizes[DK_ROW]
+            places[i] = select(kv0 + my_row + down(i) < kv_end, place, int64(-1))
+            factors[i] = scale
+        store_queries(dk, packed(places), sizes[DK_COL], packed(d_key), packed(factors), my_column)
+    if NEEDS_VALUE:
+        for i in unrolled(ROWS):
+            place = kv_b * sizes[DV_B] + kv_head * sizes[DV_H] + kv_at[i] * sizes[DV_ROW]
+            places[i] = select(kv0 + my_row + down(i) < kv_end, place, int64(-1))
+            factors[i] = real(1)
+        store_grads(dv, packed(places), sizes[DV_COL], packed(d_value), packed(factors), my_column)

@@ -30,21 +30,27 @@ def backward_query(
     tiles = tiles_listed(list_row, offsets, full_offsets, tiles_a_block)
     scale = real(floats[0])
 
+    my_row = row_of(thread)
+    my_column = column_of(thread)
     q_at = registers(ROWS)
     row_max = registers(ROWS)
     log_sum = registers(ROWS)
     delta = registers(ROWS)
+    counts = registers(ROWS)
+    places = registers(ROWS)
+    factors = registers(ROWS)
     s = registers(ROWS, COLS)
     d = registers(ROWS, COLS)
     acc = registers(ROWS, WIDE_keys)
     part = registers(PARTS)
     place = registers(PARTS)
     for i in unrolled(ROWS):
-        q_at[i] = smaller(q0 + row_of(thread, i), q_end - 1)
+        q_at[i] = smaller(q0 + my_row + down(i), q_end - 1)
         flat = (b * sizes[Q_HEADS] + h) * sizes[Q_LEN] + q_at[i]
         row_max[i] = row_maxima[flat]
         log_sum[i] = log_sums[flat] * LOG2E
         delta[i] = deltas[flat]
+        counts[i] = True
     for c in unrolled(PARTS):
         part[c] = float64(0)
         place[c] = int64(0)
@@ -82,14 +88,13 @@ def backward_query(
             d = unpacked(product(g_tile, STEP_grads, v_tile, STEP_values, VALUE_WIDTH, thread))
             masked = (partial & HAS_MASK) | (kv_end - kv0 < COLUMN_TILE) | (q_end - q0 < ROW_TILE)
             for j in unrolled(COLS):
-                kv_at = smaller(kv0 + column_of(thread, j), kv_end - 1)
+                kv_at = smaller(kv0 + my_column + across(j), kv_end - 1)
                 for i in unrolled(ROWS):
                     allowed = True
                     if masked:
-                        allowed = (kv0 + column_of(thread, j) < kv_end) & (q0 + row_of(thread, i) < q_end)
+                        allowed = (kv0 + my_column + across(j) < kv_end) & (q0 + my_row + down(i) < q_end)
                         if HAS_MASK:
-                            if partial:
-                                # hole: mask_call
+                            # hole: mask_call
                     x = s[i, j] * scale
                     # hole: grad_call
             if NEEDS_QUERY:
@@ -99,22 +104,17 @@ def backward_query(
                     acc = unpacked(add_keys(packed(acc), packed(d), k_tile, weights, thread))
 
         # a number that is not finite may come from a masked key: once more, without the scores that got no gradient
-        strange = False
-        for i in unrolled(ROWS):
-            for e in unrolled(WIDE_keys):
-                strange = strange | (acc[i, e] - acc[i, e] != 0)
-        again = cuda.syncthreads_or(int32(strange))
+        again = cuda.syncthreads_or(int32(not finite_keys(packed(acc), packed(counts))))
         if careful | (again == 0):
             break
         careful = True
 
     if NEEDS_QUERY:
         for i in unrolled(ROWS):
-            if q0 + row_of(thread, i) < q_end:
-                at = b * sizes[DQ_B] + h * sizes[DQ_H] + q_at[i] * sizes[DQ_ROW]
-                for e in unrolled(WIDE_keys):
-                    if column_of(thread, e) < WIDTH:
-                        write_out(dq, at + column_of(thread, e) * sizes[DQ_COL], acc[i, e] * scale)
+            place = b * sizes[DQ_B] + h * sizes[DQ_H] + q_at[i] * sizes[DQ_ROW]
+            places[i] = select(q0 + my_row + down(i) < q_end, place, int64(-1))
+            factors[i] = scale
+        store_keys(dq, packed(places), sizes[DQ_COL], packed(acc), packed(factors), my_column)
     for c in unrolled(PARTS):
         for step in unrolled(LANE_BITS):
             part[c] += shuffle_xor(part[c], 1 << step)

@@ -25,7 +25,7 @@ def combine(parts, out, lse, max_scores, row_maxima, log_sums, sizes):
             for split in range(sizes[SPLITS]):
                 at = first + split * step
                 x += exp2((parts[at] - base) * LOG2E) * parts[at + 2 + d]
-            write_out(out, o_at + d * sizes[O_COL], x * inverse)
+            write_values(out, o_at + d * sizes[O_COL], x * inverse)
         if thread % LANES == 0:
             log_sum = math.log(total)
             lse[flat] = highest + log_sum

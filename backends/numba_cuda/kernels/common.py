@@ -9,15 +9,15 @@ always PAIR columns side by side. With ROWS = 2, SPREAD = 4, PAIR = 2 that is th
 
 
 @device
-def row_of(thread, i):
-    """The row of the tile that is a thread's i-th."""
-    return thread // LANES * (LANES // SPREAD * ROWS) + i * (LANES // SPREAD) + thread % LANES // SPREAD
+def row_of(thread):
+    """The first row of the tile that is a thread's; its i-th is down(i) further."""
+    return thread // LANES * (LANES // SPREAD * ROWS) + thread % LANES // SPREAD
 
 
 @device
-def column_of(thread, j):
-    """The column of the tile, or of an accumulator, that is a thread's j-th."""
-    return j // PAIR * (PAIR * SPREAD) + thread % SPREAD * PAIR + j % PAIR
+def column_of(thread):
+    """The first column of a tile, or of an accumulator, that is a thread's; its j-th is across(j) further."""
+    return thread % SPREAD * PAIR
 
 
 @device
@@ -42,6 +42,45 @@ def smaller(a, b):
 
 
 # hole: readers
+
+
+# each: add_NAME, WIDTH, WIDE
+
+
+@device
+def finite_NAME(o_given, counts_given):
+    """Whether an accumulator is finite in all the rows that count."""
+    o = registers(ROWS, WIDE)
+    counts = registers(ROWS)
+    o = unpacked(o_given)
+    counts = unpacked(counts_given)
+    strange = False
+    for i in unrolled(ROWS):
+        for d in unrolled(WIDE):
+            strange = strange | ((o[i, d] - o[i, d] != 0) & counts[i])
+    return not strange
+
+
+@device
+def store_NAME(target, places_given, step, o_given, factors_given, my_column):
+    """Rows of an accumulator times a factor each to global memory; a place of -1 is no row."""
+    o = registers(ROWS, WIDE)
+    places = registers(ROWS)
+    factors = registers(ROWS)
+    o = unpacked(o_given)
+    places = unpacked(places_given)
+    factors = unpacked(factors_given)
+    for i in unrolled(ROWS):
+        if places[i] >= 0:
+            for d in unrolled(WIDE):
+                if WIDTH == PADDED:
+                    write_NAME(target, places[i] + (my_column + across(d)) * step, o[i, d] * factors[i])
+                else:
+                    if my_column + across(d) < WIDTH:
+                        write_NAME(target, places[i] + (my_column + across(d)) * step, o[i, d] * factors[i])
+
+
+# end
 
 
 @device

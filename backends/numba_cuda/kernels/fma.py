@@ -14,10 +14,12 @@ def product(a, a_step, b, b_step, width, thread):
     x = registers(ROWS)
     a_at = registers(ROWS)
     b_at = registers(COLS)
+    my_row = row_of(thread)
+    my_column = column_of(thread)
     for i in unrolled(ROWS):
-        a_at[i] = row_of(thread, i) * a_step
+        a_at[i] = (my_row + down(i)) * a_step
     for j in unrolled(COLS):
-        b_at[j] = column_of(thread, j) * b_step
+        b_at[j] = (my_column + across(j)) * b_step
     for i in unrolled(ROWS):
         for j in unrolled(COLS):
             s[i, j] = real(0)
@@ -31,7 +33,7 @@ def product(a, a_step, b, b_step, width, thread):
     return packed(s)
 
 
-# each: NAME, WIDE, STEP
+# each: add_NAME, WIDE, STEP
 
 
 @device
@@ -40,21 +42,20 @@ def add_NAME(o_before, p_given, b, weights, thread):
     p = registers(ROWS, COLS)
     x = registers(ROWS)
     at = registers(ROWS)
-    columns = registers(WIDE)
     o = unpacked(o_before)
     p = unpacked(p_given)
+    my_row = row_of(thread)
+    my_column = column_of(thread)
     for i in unrolled(ROWS):
-        at[i] = row_of(thread, i) * WEIGHTS_STEP
+        at[i] = (my_row + down(i)) * WEIGHTS_STEP
         for j in unrolled(COLS):
-            weights[at[i] + column_of(thread, j)] = p[i, j]
-    for d in unrolled(WIDE):
-        columns[d] = column_of(thread, d)
+            weights[at[i] + my_column + across(j)] = p[i, j]
     sync_warp()
     for j in range(COLUMN_TILE):
         for i in unrolled(ROWS):
             x[i] = weights[at[i] + j]
         for d in unrolled(WIDE):
-            y = b[j * STEP + columns[d]]
+            y = b[j * STEP + my_column + across(d)]
             for i in unrolled(ROWS):
                 o[i, d] += x[i] * y
     sync_warp()
@@ -69,16 +70,18 @@ def add_NAME_carefully(o_before, p_given, b, weights, gone, thread):
     at = registers(ROWS)
     o = unpacked(o_before)
     p = unpacked(p_given)
+    my_row = row_of(thread)
+    my_column = column_of(thread)
     for i in unrolled(ROWS):
-        at[i] = row_of(thread, i) * WEIGHTS_STEP
+        at[i] = (my_row + down(i)) * WEIGHTS_STEP
         for j in unrolled(COLS):
-            weights[at[i] + column_of(thread, j)] = p[i, j]
+            weights[at[i] + my_column + across(j)] = p[i, j]
     sync_warp()
     for j in range(COLUMN_TILE):
         for i in unrolled(ROWS):
             x[i] = weights[at[i] + j]
         for d in unrolled(WIDE):
-            y = b[j * STEP + column_of(thread, d)]
+            y = b[j * STEP + my_column + across(d)]
             for i in unrolled(ROWS):
                 o[i, d] = select(x[i] == gone, o[i, d], o[i, d] + x[i] * y)
     sync_warp()

@@ -5,6 +5,47 @@ With SPLIT the tiles of keys are shared out over several blocks of threads, whos
 """
 
 
+@device
+def softmax(s_given, o_before, max_before, sum_before):
+    """Weights of a tile's scores against the greatest so far, and what was added up before, shrunk to it."""
+    s = registers(ROWS, COLS)
+    o = registers(ROWS, WIDE_values)
+    row_max = registers(ROWS)
+    row_sum = registers(ROWS)
+    s = unpacked(s_given)
+    o = unpacked(o_before)
+    row_max = unpacked(max_before)
+    row_sum = unpacked(sum_before)
+    for i in unrolled(ROWS):
+        highest = row_max[i]
+        for j in unrolled(COLS):
+            highest = maximum(s[i, j], highest)
+        highest = row_maximum(highest)
+        base = select(highest == -INF, real(0), highest)
+        shrink = exp2((row_max[i] - base) * LOG2E)
+        row_max[i] = highest
+        row_sum[i] *= shrink
+        for j in unrolled(COLS):
+            s[i, j] = exp2((s[i, j] - base) * LOG2E)
+            row_sum[i] += s[i, j]
+        for d in unrolled(WIDE_values):
+            o[i, d] *= shrink
+    return packed(s), packed(o), packed(row_max), packed(row_sum)
+
+
+@device
+def marked(s_given, p_given):
+    """The weights, with -1 where a position is masked: no weight is negative."""
+    s = registers(ROWS, COLS)
+    p = registers(ROWS, COLS)
+    s = unpacked(s_given)
+    p = unpacked(p_given)
+    for i in unrolled(ROWS):
+        for j in unrolled(COLS):
+            p[i, j] = select(s[i, j] == -INF, real(-1), p[i, j])
+    return packed(p)
+
+
 @kernel
 def forward(
     q, k, v, out, lse, max_scores, row_maxima, log_sums, parts, offsets, indices, full_offsets, full_indices, order, errors,
@@ -36,17 +77,20 @@ def forward(
     last = tiles * (split + 1) // sizes[SPLITS]
     scale = real(floats[0])
 
+    my_row = row_of(thread)
+    my_column = column_of(thread)
     h = registers(ROWS)
     q_at = registers(ROWS)
     s = registers(ROWS, COLS)
-    p = registers(ROWS, COLS)
     o = registers(ROWS, WIDE_values)
     row_max = registers(ROWS)
     row_sum = registers(ROWS)
-    shrink = registers(ROWS)
+    counts = registers(ROWS)
+    places = registers(ROWS)
+    factors = registers(ROWS)
     for i in unrolled(ROWS):
-        h[i] = h0 + row_of(thread, i) // Q_ROWS
-        q_at[i] = smaller(q0 + row_of(thread, i) % Q_ROWS, q_end - 1)
+        h[i] = h0 + (my_row + down(i)) // Q_ROWS
+        q_at[i] = smaller(q0 + (my_row + down(i)) % Q_ROWS, q_end - 1)
 
     fetch_queries(
         q_tile, ROW_TILE, q, b * sizes[Q_B] + h0 * sizes[Q_H] + q0 * sizes[Q_ROW], sizes[Q_ROW], sizes[Q_COL],
@@ -81,21 +125,20 @@ def forward(
             # scores after both mods; -inf where masked
             if (partial & HAS_MASK) | (kv_end - kv0 < COLUMN_TILE):
                 for j in unrolled(COLS):
-                    kv_at = kv0 + column_of(thread, j)
+                    kv_at = kv0 + my_column + across(j)
                     inside = kv_at < kv_end
                     kv_at = smaller(kv_at, kv_end - 1)
                     for i in unrolled(ROWS):
                         allowed = inside
                         if HAS_MASK:
-                            if partial:
-                                # hole: mask_call
+                            # hole: mask_call
                         x = s[i, j] * scale
                         if HAS_SCORE:
                             # hole: score_call
                         s[i, j] = select(allowed, x, -INF)
             else:
                 for j in unrolled(COLS):
-                    kv_at = kv0 + column_of(thread, j)
+                    kv_at = kv0 + my_column + across(j)
                     for i in unrolled(ROWS):
                         allowed = True
                         x = s[i, j] * scale
@@ -103,21 +146,9 @@ def forward(
                             # hole: score_call
                         s[i, j] = x
 
-            # the softmax so far: weights against the greatest score, and what was added up before shrinks to it
-            for i in unrolled(ROWS):
-                highest = row_max[i]
-                for j in unrolled(COLS):
-                    highest = maximum(s[i, j], highest)
-                highest = row_maximum(highest)
-                base = select(highest == -INF, real(0), highest)
-                shrink[i] = exp2((row_max[i] - base) * LOG2E)
-                row_max[i] = highest
-                row_sum[i] *= shrink[i]
-                for j in unrolled(COLS):
-                    p[i, j] = exp2((s[i, j] - base) * LOG2E)
-                    row_sum[i] += p[i, j]
-                for d in unrolled(WIDE_values):
-                    o[i, d] *= shrink[i]
+            p, o_now, max_now, sum_now = softmax(packed(s), packed(o), packed(row_max), packed(row_sum))
+            row_max = unpacked(max_now)
+            row_sum = unpacked(sum_now)
 
             arrived()
             cuda.syncthreads()
@@ -131,47 +162,47 @@ def forward(
                     COLUMN_TILE, 0, thread,
                 )
             if careful:
-                for i in unrolled(ROWS):
-                    for j in unrolled(COLS):
-                        p[i, j] = select(s[i, j] == -INF, real(-1), p[i, j])
-                o = unpacked(add_values_carefully(packed(o), packed(p), v_tile, weights, real(-1), thread))
+                o = unpacked(add_values_carefully(o_now, marked(packed(s), p), v_tile, weights, real(-1), thread))
             else:
-                o = unpacked(add_values(packed(o), packed(p), v_tile, weights, thread))
+                o = unpacked(add_values(o_now, p, v_tile, weights, thread))
 
-        # a number that is not finite in a row whose weights are may come from a masked value: once more, position by position
-        strange = False
+        # a number that is not finite may come from a masked value: once more, position by position;
+        # a row whose sum of weights is nan shall be nan
         for i in unrolled(ROWS):
-            shrink[i] = row_total(row_sum[i])
-            for d in unrolled(WIDE_values):
-                strange = strange | ((o[i, d] - o[i, d] != 0) & (shrink[i] == shrink[i]))
-        again = cuda.syncthreads_or(int32(strange))
+            row_sum[i] = row_total(row_sum[i])
+            counts[i] = row_sum[i] == row_sum[i]
+        again = cuda.syncthreads_or(int32(not finite_values(packed(o), packed(counts))))
         if careful | (again == 0):
             break
         careful = True
 
     for i in unrolled(ROWS):
-        row_sum[i] = shrink[i]
-        if q0 + row_of(thread, i) % Q_ROWS < q_end:
-            flat = (b * sizes[Q_HEADS] + h[i]) * sizes[Q_LEN] + q_at[i]
-            if SPLIT:
-                at = (split * sizes[BATCH] * sizes[Q_HEADS] * sizes[Q_LEN] + flat) * (VALUE_WIDTH + 2)
-                if thread % SPREAD == 0:
-                    parts[at] = row_max[i]
-                    parts[at + 1] = row_sum[i]
+        flat = (b * sizes[Q_HEADS] + h[i]) * sizes[Q_LEN] + q_at[i]
+        inside = q0 + (my_row + down(i)) % Q_ROWS < q_end
+        first_lane = inside & (thread % SPREAD == 0)
+        if SPLIT:
+            place = (split * sizes[BATCH] * sizes[Q_HEADS] * sizes[Q_LEN] + flat) * (VALUE_WIDTH + 2)
+            places[i] = select(inside, place + 2, int64(-1))
+            if first_lane:
+                parts[place] = row_max[i]
+                parts[place + 1] = row_sum[i]
+        else:
+            place = b * sizes[O_B] + h[i] * sizes[O_H] + q_at[i] * sizes[O_ROW]
+            places[i] = select(inside, place, int64(-1))
+            factors[i] = select(row_sum[i] == 0, real(0), real(1) / row_sum[i])
+            if first_lane:
+                log_sum = math.log(row_sum[i])
+                lse[flat] = row_max[i] + log_sum
+                if SAVES:
+                    row_maxima[flat] = row_max[i]
+                    log_sums[flat] = log_sum
+                if MAX_SCORES:
+                    max_scores[flat] = select(row_sum[i] == row_sum[i], row_max[i], row_sum[i])
+    if SPLIT:
+        for i in unrolled(ROWS):
+            if places[i] >= 0:
                 for d in unrolled(WIDE_values):
-                    if column_of(thread, d) < VALUE_WIDTH:
-                        parts[at + 2 + column_of(thread, d)] = o[i, d]
-            else:
-                inverse = select(row_sum[i] == 0, real(0), real(1) / row_sum[i])
-                at = b * sizes[O_B] + h[i] * sizes[O_H] + q_at[i] * sizes[O_ROW]
-                for d in unrolled(WIDE_values):
-                    if column_of(thread, d) < VALUE_WIDTH:
-                        write_out(out, at + column_of(thread, d) * sizes[O_COL], o[i, d] * inverse)
-                if thread % SPREAD == 0:
-                    log_sum = math.log(row_sum[i])
-                    lse[flat] = row_max[i] + log_sum
-                    if SAVES:
-                        row_maxima[flat] = row_max[i]
-                        log_sums[flat] = log_sum
-                    if MAX_SCORES:
-                        max_scores[flat] = select(row_sum[i] == row_sum[i], row_max[i], row_sum[i])
+                    if my_column + across(d) < VALUE_WIDTH:
+                        parts[places[i] + my_column + across(d)] = o[i, d]
+    else:
+        store_values(out, packed(places), sizes[O_COL], packed(o), packed(factors), my_column)

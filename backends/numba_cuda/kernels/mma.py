@@ -41,7 +41,7 @@ def product(a, a_step, b, b_step, width, thread):
     return packed(s)
 
 
-# each: NAME, WIDE, STEP
+# each: add_NAME, WIDE, STEP
 
 
 @device
@@ -77,6 +77,7 @@ def add_NAME_carefully(o_before, p_given, b, weights, gone, thread):
     o = unpacked(o_before)
     p = unpacked(p_given)
     lane = thread % LANES
+    my_column = column_of(thread)
     for j in range(COLUMN_TILE):
         # column j is a register of one lane of the four that share a row
         register = j // (PAIR * SPREAD) * PAIR + j % PAIR
@@ -87,7 +88,7 @@ def add_NAME_carefully(o_before, p_given, b, weights, gone, thread):
                 x[i] = select(register == c, p[i, c], x[i])
             x[i] = shuffle(x[i], owner)
         for d in unrolled(WIDE):
-            y = from_half(b[j * STEP + column_of(thread, d)])
+            y = from_half(b[j * STEP + my_column + across(d)])
             for i in unrolled(ROWS):
                 o[i, d] = select(x[i] == gone, o[i, d], o[i, d] + x[i] * y)
     return packed(o)

@@ -7,13 +7,12 @@ where the position is `concerned`, and reads the first element instead.
 
 @device
 def mask_mod(
-    b, h, q_at, kv_at, errors, dims, floats, ints,
+    b, h, q_at, kv_at, concerned, errors, dims, floats, ints,
     # hole: captured
 ):
-    """Whether the position is allowed; it lies in a partial block."""
+    """Whether the position is allowed; `concerned`: it lies in a partial block."""
     q_idx = INDEX(q_at)
     kv_idx = INDEX(kv_at)
-    concerned = True
     # hole: mask_mod
     return mask
 
