@@ -49,6 +49,10 @@ class Geometry:
         piece = 16 if self.product == "mma" else self.spread * self.pair
         return -(-width // piece) * piece
 
+    def runs(self, width: int) -> int:
+        """How many threads fetch a row, 16 bytes each: a power of two."""
+        return min(self.threads, 1 << (self.padded(width) // 8 - 1).bit_length())
+
     def step(self, width: int) -> int:
         """From one row in shared memory to the next, so that rows begin in different banks."""
         return self.padded(width) + 8 if self.product == "mma" else self.padded(width) | 1

@@ -88,7 +88,7 @@ def _constants(problem: Problem, kernel: str, variant: Variant) -> dict[str, obj
         "HAS_LSE_GRAD": variant.lse_grad, "down": g.down, "across": g.across,
     }  # fmt: skip
     for name, width in zip(_FETCHED, (p.head_dim, p.head_dim, p.value_dim, p.value_dim), strict=True):
-        own = {"WIDTH": width, "PADDED": g.padded(width), "STEP": g.step(width), "WIDE": g.wide(width)}
+        own = {"WIDTH": width, "PADDED": g.padded(width), "STEP": g.step(width), "WIDE": g.wide(width), "RUNS": g.runs(width)}
         constants |= {f"{key}_{name}": value for key, value in own.items()}
     if kernel in _ADDED:
         shared = shared_of(p, kernel, g)
@@ -139,8 +139,8 @@ def _with_instances(text: str, added: tuple[str, ...]) -> str:
     """The sections `# each: NAME, ...` once for each tile that is added to, or fetched."""
 
     def instances(match: re.Match) -> str:
-        names = added if "add_NAME" in match[0] else _FETCHED
-        return "".join(re.sub(r"\b(WIDTH|PADDED|STEP|WIDE)\b", rf"\1_{n}", match[1]).replace("NAME", n) for n in names)
+        names = added if "add_NAME" in match[0] else ("keys", "values") if "product_NAME" in match[0] else _FETCHED
+        return "".join(re.sub(r"\b(WIDTH|PADDED|STEP|WIDE|RUNS)\b", rf"\1_{n}", match[1]).replace("NAME", n) for n in names)
 
     return _EACH.sub(instances, text)
 

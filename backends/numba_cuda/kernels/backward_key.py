@@ -88,23 +88,33 @@ def backward_key(
                 )
                 arrived()
                 cuda.syncthreads()
-                s = unpacked(product(k_tile, STEP_keys, q_tile, STEP_queries, WIDTH, thread))
-                d = unpacked(product(v_tile, STEP_values, g_tile, STEP_grads, VALUE_WIDTH, thread))
+                s = unpacked(product_keys(k_tile, q_tile, thread))
+                d = unpacked(product_values(v_tile, g_tile, thread))
                 masked = (partial & HAS_MASK) | (kv_end - kv0 < ROW_TILE) | (q_end - q0 < COLUMN_TILE)
-                for j in unrolled(COLS):
-                    q_at = smaller(q0 + my_column + across(j), q_end - 1)
-                    flat = (b * sizes[Q_HEADS] + h) * sizes[Q_LEN] + q_at
-                    row_max = row_maxima[flat]
-                    log_sum = log_sums[flat] * LOG2E
-                    delta = deltas[flat]
-                    for i in unrolled(ROWS):
-                        allowed = True
-                        if masked:
+                if masked:
+                    for j in unrolled(COLS):
+                        q_at = smaller(q0 + my_column + across(j), q_end - 1)
+                        flat = (b * sizes[Q_HEADS] + h) * sizes[Q_LEN] + q_at
+                        row_max = row_maxima[flat]
+                        log_sum = log_sums[flat] * LOG2E
+                        delta = deltas[flat]
+                        for i in unrolled(ROWS):
                             allowed = (q0 + my_column + across(j) < q_end) & (kv0 + my_row + down(i) < kv_end)
                             if HAS_MASK:
                                 # hole: mask_call
-                        x = s[i, j] * scale
-                        # hole: grad_call
+                            x = s[i, j] * scale
+                            # hole: grad_call
+                else:
+                    for j in unrolled(COLS):
+                        q_at = smaller(q0 + my_column + across(j), q_end - 1)
+                        flat = (b * sizes[Q_HEADS] + h) * sizes[Q_LEN] + q_at
+                        row_max = row_maxima[flat]
+                        log_sum = log_sums[flat] * LOG2E
+                        delta = deltas[flat]
+                        for i in unrolled(ROWS):
+                            allowed = True
+                            x = s[i, j] * scale
+                            # hole: grad_call
                 if NEEDS_VALUE:
                     if careful:
                         d_value = unpacked(

@@ -84,19 +84,25 @@ def backward_query(
             )
             arrived()
             cuda.syncthreads()
-            s = unpacked(product(q_tile, STEP_queries, k_tile, STEP_keys, WIDTH, thread))
-            d = unpacked(product(g_tile, STEP_grads, v_tile, STEP_values, VALUE_WIDTH, thread))
+            s = unpacked(product_keys(q_tile, k_tile, thread))
+            d = unpacked(product_values(g_tile, v_tile, thread))
             masked = (partial & HAS_MASK) | (kv_end - kv0 < COLUMN_TILE) | (q_end - q0 < ROW_TILE)
-            for j in unrolled(COLS):
-                kv_at = smaller(kv0 + my_column + across(j), kv_end - 1)
-                for i in unrolled(ROWS):
-                    allowed = True
-                    if masked:
+            if masked:
+                for j in unrolled(COLS):
+                    kv_at = smaller(kv0 + my_column + across(j), kv_end - 1)
+                    for i in unrolled(ROWS):
                         allowed = (kv0 + my_column + across(j) < kv_end) & (q0 + my_row + down(i) < q_end)
                         if HAS_MASK:
                             # hole: mask_call
-                    x = s[i, j] * scale
-                    # hole: grad_call
+                        x = s[i, j] * scale
+                        # hole: grad_call
+            else:
+                for j in unrolled(COLS):
+                    kv_at = smaller(kv0 + my_column + across(j), kv_end - 1)
+                    for i in unrolled(ROWS):
+                        allowed = True
+                        x = s[i, j] * scale
+                        # hole: grad_call
             if NEEDS_QUERY:
                 if careful:
                     acc = unpacked(add_keys_carefully(packed(acc), packed(d), k_tile, weights, real(0), thread))

@@ -2,14 +2,17 @@
 
 This file and mma.py are the two ways to multiply; both have these functions:
 
-    product             s[i, j]  = sum over e of a[row i, e] * b[column j, e]
+    product_NAME        s[i, j]  = sum over e of a[row i, e] * b[column j, e]
     add_NAME            o[i, d] += sum over j of p[row i, j] * b[j, column d], for tiles of values or of keys and queries
     add_NAME_carefully  the same without the p that are `gone`: 0 times NaN would be NaN there (R4)
 """
 
 
+# each: product_NAME, WIDTH, STEP
+
+
 @device
-def product(a, a_step, b, b_step, width, thread):
+def product_NAME(a, b, thread):
     s = registers(ROWS, COLS)
     x = registers(ROWS)
     a_at = registers(ROWS)
@@ -17,13 +20,13 @@ def product(a, a_step, b, b_step, width, thread):
     my_row = row_of(thread)
     my_column = column_of(thread)
     for i in unrolled(ROWS):
-        a_at[i] = (my_row + down(i)) * a_step
+        a_at[i] = (my_row + down(i)) * STEP
     for j in unrolled(COLS):
-        b_at[j] = (my_column + across(j)) * b_step
+        b_at[j] = (my_column + across(j)) * STEP
     for i in unrolled(ROWS):
         for j in unrolled(COLS):
             s[i, j] = real(0)
-    for e in range(width):
+    for e in range(WIDTH):
         for i in unrolled(ROWS):
             x[i] = a[a_at[i] + e]
         for j in unrolled(COLS):
@@ -31,6 +34,9 @@ def product(a, a_step, b, b_step, width, thread):
             for i in unrolled(ROWS):
                 s[i, j] += x[i] * y
     return packed(s)
+
+
+# end
 
 
 # each: add_NAME, WIDE, STEP

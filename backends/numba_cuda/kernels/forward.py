@@ -120,7 +120,7 @@ def forward(
                 v_tile, COLUMN_TILE, v, v_base + kv0 * sizes[V_ROW], sizes[V_ROW], sizes[V_COL], kv_end - kv0,
                 COLUMN_TILE, 0, thread,
             )
-            s = unpacked(product(q_tile, STEP_queries, k_tile, STEP_keys, WIDTH, thread))
+            s = unpacked(product_keys(q_tile, k_tile, thread))
 
             # scores after both mods; -inf where masked
             if (partial & HAS_MASK) | (kv_end - kv0 < COLUMN_TILE):

@@ -62,25 +62,27 @@ def _tuple_of(context, builder, result, parts):
     return context.make_tuple(builder, result, [builder.extract_value(parts, i) for i in range(result.count)])
 
 
-def _ldmatrix(name: str, down: str):
-    def load(typingctx, tile, at):
+def _ldmatrix(down: str):
+    def load(typingctx, tile, at, further):
+        """`further`, a literal, is added in the instruction: a register for each sum would be kept all through the kernel."""
+        if not isinstance(further, types.IntegerLiteral):
+            return None
         result = types.UniTuple(types.int32, 4)
 
         def codegen(context, builder, signature, args):
-            place = builder.ptrtoint(_place(context, builder, tile, *args, SHARED), _I32)
+            place = builder.ptrtoint(_place(context, builder, tile, *args[:2], SHARED), _I32)
             kind = ir.FunctionType(ir.LiteralStructType([_I32] * 4), [_I32])
-            text = f"ldmatrix.sync.aligned.m8n8.x4{down}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
+            text = f"ldmatrix.sync.aligned.m8n8.x4{down}.shared.b16 {{$0,$1,$2,$3}}, [$4+{2 * further.literal_value}];"
             code = ir.InlineAsm(kind, text, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
             return _tuple_of(context, builder, result, builder.call(code, [place]))
 
-        return result(tile, types.int64), codegen
+        return result(tile, types.int64, further), codegen
 
-    load.__name__ = name
     return intrinsic(load)
 
 
-ldmatrix = _ldmatrix("ldmatrix", "")
-ldmatrix_down = _ldmatrix("ldmatrix_down", ".trans")
+ldmatrix = _ldmatrix("")
+ldmatrix_down = _ldmatrix(".trans")
 
 
 def _mma(half: str):

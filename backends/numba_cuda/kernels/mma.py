@@ -17,21 +17,24 @@ def b_place(lane):
     return lane % 8 + lane // 16 * 8, lane // 8 % 2 * 8
 
 
+# each: product_NAME, WIDTH, STEP
+
+
 @device
-def product(a, a_step, b, b_step, width, thread):
+def product_NAME(a, b, thread):
     s = registers(ROWS, COLS)
     for i in unrolled(ROWS):
         for j in unrolled(COLS):
             s[i, j] = real(0)
     lane = thread % LANES
     row, column = a_place(lane)
-    a_at = (thread // LANES * 16 + row) * a_step + column
+    a_at = (thread // LANES * 16 + row) * STEP + column
     row, column = b_place(lane)
-    b_at = row * b_step + column
-    for e in range(0, width, 16):
-        a0, a1, a2, a3 = ldmatrix(a, a_at + e)
+    b_at = row * STEP + column
+    for e in range(0, WIDTH, 16):
+        a0, a1, a2, a3 = ldmatrix(a, a_at + e, 0)
         for n in unrolled(0, COLS // 2, 2):
-            b0, b1, b2, b3 = ldmatrix(b, b_at + n * 8 * b_step + e)
+            b0, b1, b2, b3 = ldmatrix(b, b_at + e, n * 8 * STEP)
             s[0, 2 * n], s[0, 2 * n + 1], s[1, 2 * n], s[1, 2 * n + 1] = mma(
                 s[0, 2 * n], s[0, 2 * n + 1], s[1, 2 * n], s[1, 2 * n + 1], a0, a1, a2, a3, b0, b1
             )
@@ -39,6 +42,9 @@ def product(a, a_step, b, b_step, width, thread):
                 s[0, 2 * n + 2], s[0, 2 * n + 3], s[1, 2 * n + 2], s[1, 2 * n + 3], a0, a1, a2, a3, b2, b3
             )
     return packed(s)
+
+
+# end
 
 
 # each: add_NAME, WIDE, STEP
@@ -59,7 +65,7 @@ def add_NAME(o_before, p_given, b, weights, thread):
         a2 = pack(p[0, 4 * k + 2], p[0, 4 * k + 3])
         a3 = pack(p[1, 4 * k + 2], p[1, 4 * k + 3])
         for n in unrolled(0, WIDE // 2, 2):
-            b0, b1, b2, b3 = ldmatrix_down(b, b_at + k * 16 * STEP + n * 8)
+            b0, b1, b2, b3 = ldmatrix_down(b, b_at, k * 16 * STEP + n * 8)
             o[0, 2 * n], o[0, 2 * n + 1], o[1, 2 * n], o[1, 2 * n + 1] = mma(
                 o[0, 2 * n], o[0, 2 * n + 1], o[1, 2 * n], o[1, 2 * n + 1], a0, a1, a2, a3, b0, b1
             )
@@ -97,7 +103,7 @@ def add_NAME_carefully(o_before, p_given, b, weights, gone, thread):
 # end
 
 
-# each: NAME, WIDTH, PADDED, STEP
+# each: NAME, WIDTH, PADDED, STEP, RUNS
 
 
 @device
@@ -107,15 +113,14 @@ def fetch_NAME(tile, tile_rows, source, base, row_step, col_step, count, rows_a_
     ALIGNED: rows are whole runs of 16 bytes, which travel in the background until `arrived`.
     """
     if ALIGNED:
-        runs = PADDED // 8
-        for at in range(thread, tile_rows * runs, THREADS):
-            r = at // runs
-            e = (at - r * runs) * 8
+        e = thread % RUNS * 8
+        for r in range(thread // RUNS, tile_rows, THREADS // RUNS):
             row = r % rows_a_head
             inside = (row < count) & (e < WIDTH)
             # an address that nothing is read from shall be a valid one, too
             start = select(inside, base + r // rows_a_head * head_step + row * row_step + e, int64(0))
-            copy16(tile, r * STEP + e, source, start, inside)
+            if e < PADDED:
+                copy16(tile, r * STEP + e, source, start, inside)
     else:
         for r in range(thread // LANES, tile_rows, THREADS // LANES):
             row = r % rows_a_head

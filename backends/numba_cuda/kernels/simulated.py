@@ -84,16 +84,16 @@ def sync_warp():
     threading.current_thread().syncthreads()  # type: ignore[attr-defined]
 
 
-def ldmatrix(tile, at):
+def ldmatrix(tile, at, further):
     """Lane l gets, of each 8 x 8 matrix, the elements 2 (l % 4) and the next of row l // 4."""
-    places, lane = _warp(int(at))
+    places, lane = _warp(int(at) + further)
     rows = [tile[places[8 * m + lane // 4] :][:8] for m in range(4)]
     return tuple(_register(row[lane % 4 * 2], row[lane % 4 * 2 + 1]) for row in rows)
 
 
-def ldmatrix_down(tile, at):
+def ldmatrix_down(tile, at, further):
     """The same of the transposed matrices."""
-    places, lane = _warp(int(at))
+    places, lane = _warp(int(at) + further)
     pairs = [[tile[places[8 * m + lane % 4 * 2 + i] + lane // 4] for i in range(2)] for m in range(4)]
     return tuple(_register(*pair) for pair in pairs)
 
