@@ -81,10 +81,12 @@ class Call:
         tiles = -(-self.problem.kv_len // self.geometry.column_tile)
         return max(1, min(2 * self.device.processors(self.tensors.query) // self.row_tasks(), tiles // _LEAST_TILES))
 
-    def run(self, tasks: int, given: list[Tensor], last: list[Tensor] | None = None, split: bool = False) -> None:
+    def run(
+        self, tasks: int, given: list[Tensor], last: list[Tensor] | None = None, split: bool = False, needs=(False, False, False)
+    ) -> None:
         """The kernel that this call is for, with `tasks` blocks of threads; `last` follows the captured tensors."""
-        p = self.problem
-        variant = Variant(self.geometry, self.device.simulated, self.checked, self.aligned, self.pack, split)
+        p, simulated = self.problem, self.device.simulated
+        variant = Variant(self.geometry, simulated, self.checked, self.aligned, self.pack, split, needs=needs)
         source = _kernel_source(p, self.kernel, variant)
         dims = [n for t in self.tensors.captured for pair in zip(t.stride(), t.shape, strict=True) for n in pair]
         numbers = self.tensors.scalars

@@ -90,6 +90,18 @@ def geometry_of(problem: Problem, kernel: str, simulated: bool) -> Geometry:
     return _asked(problem, kernel, geometry)
 
 
+def rounds(problem: Problem, geometry: Geometry) -> list[tuple[bool, bool, bool]]:
+    """What of (query, key, value) each launch of backward_key computes: both accumulators at once, if registers hold them."""
+    _, key, value = problem.needs_grad
+    if key and value and _too_wide(problem, geometry.product):
+        return [(False, True, False), (False, False, True)]
+    return [(False, key, value)]
+
+
+def _too_wide(problem: Problem, product: str) -> bool:
+    return product == "mma" and max(problem.head_dim, problem.value_dim) > 64
+
+
 def _asked(problem: Problem, kernel: str, geometry: Geometry) -> Geometry:
     options = dict(problem.options)
     rows, columns = ("kv_tile", "q_tile") if kernel == "backward_key" else ("q_tile", "kv_tile")

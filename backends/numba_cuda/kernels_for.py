@@ -29,7 +29,10 @@ _ADDED = {"forward": ("values",), "backward_query": ("keys",), "backward_key": (
 
 @dataclass(frozen=True)
 class Variant:
-    """What a kernel's source depends on beside the problem: where it runs, how it is launched, what is known of this call."""
+    """What a kernel's source depends on beside the problem: where it runs, how it is launched, what is known of this call.
+
+    `needs`: which of the gradients of query, key and value this launch computes.
+    """
 
     geometry: Geometry
     simulated: bool = False
@@ -38,6 +41,7 @@ class Variant:
     pack: int = 1
     split: bool = False
     lse_grad: bool = False
+    needs: tuple[bool, bool, bool] = (False, False, False)
 
 
 def source(name: str) -> str:
@@ -84,7 +88,7 @@ def _constants(problem: Problem, kernel: str, variant: Variant) -> dict[str, obj
         "WIDTH": p.head_dim, "VALUE_WIDTH": p.value_dim, "WEIGHTS_STEP": g.column_tile + 1,
         "HAS_LISTS": p.block_size is not None, "HAS_MASK": p.mask is not None, "HAS_SCORE": p.score is not None,
         "SPLIT": variant.split, "SAVES": p.needs_backward, "MAX_SCORES": p.need_max_scores, "ALIGNED": variant.aligned,
-        "NEEDS_QUERY": p.needs_grad[0], "NEEDS_KEY": p.needs_grad[1], "NEEDS_VALUE": p.needs_grad[2],
+        "NEEDS_QUERY": variant.needs[0], "NEEDS_KEY": variant.needs[1], "NEEDS_VALUE": variant.needs[2],
         "HAS_LSE_GRAD": variant.lse_grad, "down": g.down, "across": g.across,
     }  # fmt: skip
     for name, width in zip(_FETCHED, (p.head_dim, p.head_dim, p.value_dim, p.value_dim), strict=True):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flexref.backends.numba_cuda.call import Call
 from flexref.backends.numba_cuda.device import Device
+from flexref.backends.numba_cuda.geometry import rounds
 from flexref.backends.numba_cuda.kernels_for import gathered
 from flexref.problem import Gradients, Output, Problem, Tensors
 
@@ -78,7 +79,7 @@ def _run_backward(problem, tensors, output, grad_out, grad_lse, found, sums, dev
             call.place("DQ", d_query)
         target = query if d_query is None else d_query
         arguments = [query, key, value, grad_out, target, row_max, log_sum, deltas, *call.lists("csr"), call.errors]
-        call.run(call.row_tasks(), arguments, last=list(sums.values()))
+        call.run(call.row_tasks(), arguments, last=list(sums.values()), needs=(d_query is not None, False, False))
         call.raise_errors()
     if d_key is not None or d_value is not None:
         call = Call(problem, tensors, device, "backward_key", operands)
@@ -88,7 +89,8 @@ def _run_backward(problem, tensors, output, grad_out, grad_lse, found, sums, dev
                 call.place(name, x)
         targets = [key if d_key is None else d_key, value if d_value is None else d_value]
         arguments = [query, key, value, grad_out, *targets, row_max, log_sum, deltas, *call.lists("csc"), call.errors]
-        call.run(call.column_tasks(), arguments)
+        for needs in rounds(problem, call.geometry):
+            call.run(call.column_tasks(), arguments, needs=needs)
         call.raise_errors()
 
 

@@ -89,7 +89,12 @@ def backward_key(
                 arrived()
                 cuda.syncthreads()
                 s = unpacked(product_keys(k_tile, q_tile, thread))
-                d = unpacked(product_values(v_tile, g_tile, thread))
+                if NEEDS_KEY:
+                    d = unpacked(product_values(v_tile, g_tile, thread))
+                else:
+                    for i in unrolled(ROWS):
+                        for j in unrolled(COLS):
+                            d[i, j] = real(0)
                 masked = (partial & HAS_MASK) | (kv_end - kv0 < ROW_TILE) | (q_end - q0 < COLUMN_TILE)
                 if masked:
                     for j in unrolled(COLS):
@@ -131,7 +136,11 @@ def backward_key(
                         d_key = unpacked(add_queries(packed(d_key), packed(d), q_tile, weights, thread))
 
         # a number that is not finite may come from a masked query: once more, without the weights that are 0
-        fine = finite_queries(packed(d_key), packed(counts)) & finite_grads(packed(d_value), packed(counts))
+        fine = True
+        if NEEDS_KEY:
+            fine = finite_queries(packed(d_key), packed(counts))
+        if NEEDS_VALUE:
+            fine = fine & finite_grads(packed(d_value), packed(counts))
         again = cuda.syncthreads_or(int32(not fine))
         if careful | (again == 0):
             break
