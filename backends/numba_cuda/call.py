@@ -24,7 +24,8 @@ class Call:
 
     def __init__(self, problem: Problem, tensors: Tensors, device: Device, kernel: str, operands: list[Tensor]):
         self.problem, self.tensors, self.device, self.kernel = problem, tensors, device, kernel
-        self.geometry = geometry_of(problem, kernel, device.simulated)
+        self.chip = device.chip(tensors.query)
+        self.geometry = geometry_of(problem, kernel, self.chip, device.simulated)
         self.checked = _has_open_reads(problem) and not proved_in_range(problem, tensors)
         # a flag that no kernel sets needs no memory of its own
         self.errors = device.zeros(torch.int32, tensors.query, fresh=self.checked)
@@ -79,7 +80,7 @@ class Call:
         if asked is not None:
             return int(asked)  # type: ignore[call-overload]
         tiles = -(-self.problem.kv_len // self.geometry.column_tile)
-        return max(1, min(2 * self.device.processors(self.tensors.query) // self.row_tasks(), tiles // _LEAST_TILES))
+        return max(1, min(2 * self.chip.processors // self.row_tasks(), tiles // _LEAST_TILES))
 
     def run(
         self, tasks: int, given: list[Tensor], last: list[Tensor] | None = None, split: bool = False, needs=(False, False, False)

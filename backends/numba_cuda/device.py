@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexref.backends.numba_cuda.compiler import function_of
-from flexref.backends.numba_cuda.geometry import Geometry
+from flexref.backends.numba_cuda.geometry import LEAST_SHARED, Chip, Geometry
 
 # half types and bools as NumPy and Numba know them
 _BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.uint16, torch.bool: torch.uint8}
@@ -19,7 +19,7 @@ class Device(Protocol):
 
     simulated: bool
 
-    def processors(self, like: Tensor) -> int: ...
+    def chip(self, like: Tensor) -> Chip: ...
 
     def zeros(self, dtype: torch.dtype, like: Tensor, fresh: bool = False) -> Tensor: ...
 
@@ -42,12 +42,13 @@ def flat(x: Tensor) -> Tensor:
 
 
 class Simulator:
-    """Numba's simulator on the CPU, as if it had two processors."""
+    """Numba's simulator on the CPU, as if it were a chip of two processors."""
 
     simulated = True
 
-    def processors(self, like: Tensor) -> int:
-        return 2
+    def chip(self, like: Tensor) -> Chip:
+        """Two processors: enough to share out the keys of a row."""
+        return Chip(2, LEAST_SHARED, tensor_cores=False)
 
     def zeros(self, dtype: torch.dtype, like: Tensor, fresh: bool = False) -> Tensor:
         return torch.zeros(1, dtype=dtype)

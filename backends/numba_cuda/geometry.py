@@ -65,29 +65,46 @@ SIMULATED = {
 }
 
 
-def product_of(problem: Problem, simulated: bool) -> str:
-    """Which product: "mma" for half types unless it is asked not to be, or simulated, which takes a second a tile."""
+@dataclass(frozen=True)
+class Chip:
+    """A device: how many processors, shared memory for one block of threads in bytes, whether it has mma.sync m16n8k16."""
+
+    processors: int
+    shared: int
+    tensor_cores: bool
+
+
+def product_of(problem: Problem, chip: Chip) -> str:
+    """Which product: "mma" for half types on a chip that has it, or what is asked for."""
     asked = dict(problem.options).get("product")
-    if asked is not None:
-        return str(asked)
-    return "mma" if problem.dtype in HALVES and not simulated else "fma"
+    return str(asked) if asked is not None else "mma" if problem.dtype in HALVES and chip.tensor_cores else "fma"
 
 
-def geometry_of(problem: Problem, kernel: str, simulated: bool) -> Geometry:
-    """The tile for a kernel: as asked for by the options q_tile and kv_tile, or the largest of a few that fit."""
-    product = product_of(problem, simulated)
+def geometry_of(problem: Problem, kernel: str, chip: Chip, simulated: bool) -> Geometry:
+    """The tile for a kernel: as asked for by the options q_tile and kv_tile, else what registers and shared memory hold."""
+    product = product_of(problem, chip)
     if simulated:
         return SIMULATED[product]
     wide = max(problem.head_dim, problem.value_dim)
     if product == "mma":
-        # keys have two accumulators, so fewer columns at a time; 255 registers are all that a thread can have
-        cols = 16 if kernel == "forward" and wide <= 128 else 8
-        geometry = Geometry("mma", threads=128, lanes=32, rows=2, cols=cols, spread=4, pair=2)
+        # the accumulators take wide / 2 registers a thread, and scores 2 * cols, twice in backward, of the 255 that it can have
+        cols = 16 if wide <= 128 else 8
+        geometry = Geometry("mma", threads=128, lanes=32, rows=2, cols=cols if kernel == "forward" else cols // 2, spread=4, pair=2)
     else:
         double = problem.dtype == torch.float64
         rows = 2 if wide > 128 or double or kernel == "backward_key" else 4
         geometry = Geometry("fma", threads=128, lanes=32, rows=rows, cols=4, spread=8, pair=1)
-    return _asked(problem, kernel, geometry)
+    geometry = _asked(problem, kernel, geometry)
+    while shared_of(problem, kernel, geometry).bytes > chip.shared and (smaller := _smaller(geometry)) is not None:
+        geometry = smaller
+    return geometry
+
+
+def _smaller(geometry: Geometry) -> Geometry | None:
+    """The next smaller tile: half the columns, then half the threads; None if there is none."""
+    if geometry.cols > (4 if geometry.product == "mma" else 1):
+        return replace(geometry, cols=geometry.cols // 2)
+    return replace(geometry, threads=geometry.threads // 2) if geometry.threads > geometry.lanes else None
 
 
 def rounds(problem: Problem, geometry: Geometry) -> list[tuple[bool, bool, bool]]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from flexref.backends.numba_cuda import compiler
-from flexref.backends.numba_cuda.device import bits_of, flat
-from flexref.backends.numba_cuda.geometry import PLAIN_SHARED, Geometry
+from flexref.backends.numba_cuda.device import bits_of
+from flexref.backends.numba_cuda.geometry import LEAST_SHARED, PLAIN_SHARED, Chip, Geometry
 
 _lock = threading.RLock()
 _kernels: dict[tuple, object] = {}
@@ -34,8 +34,9 @@ class Gpu:
     def __init__(self):
         self._zeros: dict[tuple, Tensor] = {}
 
-    def processors(self, like: Tensor) -> int:
-        return _processors(like.device.index or 0)
+    def chip(self, like: Tensor) -> Chip:
+        """What the device of a tensor can do."""
+        return _chip(like.device.index or 0)
 
     def zeros(self, dtype: torch.dtype, like: Tensor, fresh: bool = False) -> Tensor:
         """One zero; unless it is to be `fresh`, one that every call may read."""
@@ -47,20 +48,28 @@ class Gpu:
         return self._zeros[key]
 
     def run(self, source: str, name: str, grid: int, geometry: Geometry, shared: int, arguments: list) -> None:
-        from cuda.core import LaunchConfig, Stream, launch
+        from cuda.core import Stream, launch
 
         like = next(x for x in arguments if isinstance(x, Tensor))
-        given = [flat(x) if isinstance(x, Tensor) else x for x in arguments]
+        given = [x.resolve_neg() if isinstance(x, Tensor) and x.is_neg() else x for x in arguments]
         with torch.cuda.device(like.device):
             kernel = _kernel(source, name, tuple(map(kind_of, given)), geometry.threads, shared, like.device.index or 0)
             stream = Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
-            config = LaunchConfig(grid=grid, block=geometry.threads, shmem_size=shared)
-            launch(stream, config, kernel, *packed(given))
+            launch(stream, _configuration(grid, geometry.threads, shared), kernel, *packed(given))
+
+
+@lru_cache(maxsize=1024)
+def _configuration(grid: int, threads: int, shared: int):
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=threads, shmem_size=shared)
 
 
 @cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    least = getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED)
+    return Chip(properties.multi_processor_count, least, properties.major >= 8)
 
 
 def packed(arguments: list) -> list:
@@ -68,7 +77,7 @@ def packed(arguments: list) -> list:
     words: list = []
     for x in arguments:
         if isinstance(x, Tensor):
-            # two pointers that only the host uses, count, bytes of an element, address, shape, stride
+            # two pointers that only the host uses, count, bytes of an element, address, shape, stride; no kernel reads the counts
             words += [0, 0, x.numel(), x.element_size(), x.data_ptr(), x.numel(), x.element_size()]
         else:
             words += [ctypes.c_double(value) if isinstance(value, float) else value for value in x]
@@ -78,8 +87,13 @@ def packed(arguments: list) -> list:
 def kind_of(x: Tensor | tuple) -> str:
     """An argument's type as text, so that a kernel from the cache needs no Numba: "float32[]" or "int64*3"."""
     if isinstance(x, Tensor):
-        return f"{str(bits_of(x.dtype)).removeprefix('torch.')}[]"
+        return _kind_of_elements(x.dtype)
     return f"{'float64' if isinstance(x[0], float) else 'int64'}*{len(x)}"
+
+
+@cache
+def _kind_of_elements(dtype: torch.dtype) -> str:
+    return f"{str(bits_of(dtype)).removeprefix('torch.')}[]"
 
 
 def _kernel(source: str, name: str, kinds: tuple[str, ...], threads: int, shared: int, index: int):
@@ -99,7 +113,7 @@ def _loaded(source: str, name: str, kinds: tuple[str, ...], threads: int, shared
     kernel = ObjectCode.from_cubin(built.code).get_kernel(built.entry)
     if shared > PLAIN_SHARED:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuKernelSetAttribute(attribute, shared, driver.CUkernel(int(kernel.handle)), driver.CUdevice(index))
+        (error,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, driver.CUdevice(index))
         if error != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{name} needs {shared} bytes of shared memory: {error.name}; pass smaller q_tile and kv_tile.")
     return kernel
