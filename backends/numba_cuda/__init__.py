@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from flexref.backend import Backend
 from flexref.problem import Gradients, Output, Problem, Tensors
+
+if TYPE_CHECKING:
+    from flexref.backends.numba_cuda.emulated import Emulated
 
 name = "numba_cuda"
 rank = 20
@@ -71,7 +74,7 @@ def backward(
     return launch.backward(problem, tensors, output, grad_out, grad_lse, device.gpu())
 
 
-def emulated() -> Backend:
+def emulated() -> Emulated:
     """The same kernels on tensors of the CPU, in Numba's simulator."""
     from flexref.backends.numba_cuda.emulated import Emulated
 

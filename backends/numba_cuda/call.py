@@ -88,7 +88,7 @@ class Call:
         """The kernel that this call is for, with `tasks` blocks of threads; `last` follows the captured tensors."""
         p, simulated = self.problem, self.device.simulated
         variant = Variant(self.geometry, simulated, self.checked, self.aligned, self.pack, split, needs=needs)
-        source = _kernel_source(p, self.kernel, variant)
+        source = kernel_source(p, self.kernel, variant)
         dims = [n for t in self.tensors.captured for pair in zip(t.stride(), t.shape, strict=True) for n in pair]
         numbers = self.tensors.scalars
         floats = (float(self.tensors.scale), *(float(x) for x in numbers))
@@ -104,7 +104,7 @@ class Call:
         """A kernel that has one warp a row of query: "delta" or "combine"."""
         p = self.problem
         variant = Variant(self.geometry, self.device.simulated, lse_grad=lse_grad)
-        source = _kernel_source(p, kernel, variant)
+        source = kernel_source(p, kernel, variant)
         warps = self.geometry.threads // self.geometry.lanes
         tasks = -(-p.batch * p.q_heads * p.q_len // warps)
         self.device.run(source, kernel, tasks, self.geometry, 0, [*given, self._sizes()])
@@ -143,8 +143,3 @@ def _has_open_reads(problem: Problem) -> bool:
     shapes = [c.shape for c in problem.captures]
     graphs = [g for g in (problem.score, problem.mask) if g is not None]
     return not all(all_safe(g, safe_reads(g, problem.extents, shapes)) for g in graphs)
-
-
-@lru_cache(maxsize=1024)
-def _kernel_source(problem: Problem, kernel: str, variant: Variant) -> str:
-    return kernel_source(problem, kernel, variant)

@@ -17,7 +17,7 @@ _WIDE = {"q_idx": "q_at", "kv_idx": "kv_at"}
 
 
 class NumbaCudaEmitter(Emitter):
-    """Prints for one kernel: `small` int nodes fit 32 bits, `safe` reads need nothing; others wrap, and are looked at if `checked`."""
+    """Prints for one kernel: `small` int nodes fit 32 bits, `safe` reads are in range; others wrap, or are `checked`."""
 
     spell = SPELL
 

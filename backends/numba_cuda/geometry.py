@@ -89,7 +89,8 @@ def geometry_of(problem: Problem, kernel: str, chip: Chip, simulated: bool) -> G
     if product == "mma":
         # the accumulators take wide / 2 registers a thread, and scores 2 * cols, twice in backward, of the 255 that it can have
         cols = 16 if wide <= 128 else 8
-        geometry = Geometry("mma", threads=128, lanes=32, rows=2, cols=cols if kernel == "forward" else cols // 2, spread=4, pair=2)
+        cols = cols if kernel == "forward" else cols // 2
+        geometry = Geometry("mma", threads=128, lanes=32, rows=2, cols=cols, spread=4, pair=2)
     else:
         double = problem.dtype == torch.float64
         rows = 2 if wide > 128 or double or kernel == "backward_key" else 4

@@ -1,7 +1,7 @@
 """On a GPU: kernels from the cache folder or from Numba, launched on torch's current stream.
 
-Numba translates a kernel to PTX, cuda.core makes machine code of that and launches it. The machine code is kept in the cache folder,
-and a process that finds it there does not import Numba.
+Numba translates a kernel to PTX, cuda.core makes machine code of that and launches it. The machine code is kept in the cache
+folder, and a process that finds it there does not import Numba.
 """
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,10 @@ from flexref.backends.numba_cuda.geometry import LEAST_SHARED, PLAIN_SHARED, Chi
 
 _lock = threading.RLock()
 _kernels: dict[tuple, object] = {}
+
+
+def _core() -> Any:
+    return import_module("cuda.core")
 
 
 class Gpu:
@@ -48,21 +54,18 @@ class Gpu:
         return self._zeros[key]
 
     def run(self, source: str, name: str, grid: int, geometry: Geometry, shared: int, arguments: list) -> None:
-        from cuda.core import Stream, launch
-
+        core = _core()
         like = next(x for x in arguments if isinstance(x, Tensor))
         given = [x.resolve_neg() if isinstance(x, Tensor) and x.is_neg() else x for x in arguments]
         with torch.cuda.device(like.device):
             kernel = _kernel(source, name, tuple(map(kind_of, given)), geometry.threads, shared, like.device.index or 0)
-            stream = Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
-            launch(stream, _configuration(grid, geometry.threads, shared), kernel, *packed(given))
+            stream = core.Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
+            core.launch(stream, _configuration(grid, geometry.threads, shared), kernel, *packed(given))
 
 
 @lru_cache(maxsize=1024)
 def _configuration(grid: int, threads: int, shared: int):
-    from cuda.core import LaunchConfig
-
-    return LaunchConfig(grid=grid, block=threads, shmem_size=shared)
+    return _core().LaunchConfig(grid=grid, block=threads, shmem_size=shared)
 
 
 @cache
@@ -105,12 +108,10 @@ def _kernel(source: str, name: str, kinds: tuple[str, ...], threads: int, shared
 
 
 def _loaded(source: str, name: str, kinds: tuple[str, ...], threads: int, shared: int, index: int):
-    from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
-
-    Device(index).set_current()
+    driver: Any = import_module("cuda.bindings.driver")
+    _core().Device(index).set_current()
     built = built_kernel(source, name, kinds, threads, torch.cuda.get_device_capability(index))
-    kernel = ObjectCode.from_cubin(built.code).get_kernel(built.entry)
+    kernel = _core().ObjectCode.from_cubin(built.code).get_kernel(built.entry)
     if shared > PLAIN_SHARED:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (error,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, driver.CUdevice(index))
@@ -143,8 +144,8 @@ def built_kernel(source: str, name: str, kinds: tuple[str, ...], threads: int, c
 
 def ptx_of(source: str, name: str, kinds: tuple[str, ...], threads: int, cc: tuple[int, int]) -> str:
     """The kernel in PTX for a compute capability; no GPU is needed."""
-    from numba import cuda
-    from numba.cuda import types
+    cuda: Any = import_module("numba.cuda")
+    types = cuda.types
 
     def numba_type(kind: str):
         element, _, count = kind.partition("*")
@@ -161,8 +162,7 @@ def ptx_of(source: str, name: str, kinds: tuple[str, ...], threads: int, cc: tup
 @contextmanager
 def _compiling_for(cc: tuple[int, int]):
     """Numba asks the current device what to compile device functions for; there may be none, and this one is known."""
-    from numba.cuda import dispatcher
-
+    dispatcher: Any = import_module("numba.cuda.dispatcher")
     ask = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
     try:
@@ -173,10 +173,9 @@ def _compiling_for(cc: tuple[int, int]):
 
 def assemble(ptx: str, cc: tuple[int, int], verbose: bool = False) -> Built:
     """PTX as machine code; only nvJitLink can be `verbose`, the driver of a machine without it cannot."""
-    from cuda.core import Linker, LinkerOptions, ObjectCode
-
-    options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}", ptxas_options=["-v"] if verbose else None)
-    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    core = _core()
+    options = core.LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}", ptxas_options=["-v"] if verbose else None)
+    linker = core.Linker(core.ObjectCode.from_ptx(ptx.encode()), options=options)
     code = linker.link("cubin").code
     entry = ptx.partition(".visible .entry ")[2].partition("(")[0].strip()
     return Built(entry, bytes(code), linker.get_info_log() if verbose else "")

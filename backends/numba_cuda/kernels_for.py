@@ -45,7 +45,7 @@ class Variant:
 
 
 def source(name: str) -> str:
-    """The text of one file of kernels/, as it is before anything is filled in."""
+    """The text of one file of kernels/, before anything is filled in. Whoever edits kernels at run time replaces this."""
     return _text(name)
 
 
@@ -56,14 +56,22 @@ def _text(name: str) -> str:
 
 def kernel_source(problem: Problem, kernel: str, variant: Variant) -> str:
     """A Python module with the function `kernel`, complete: "forward", "backward_query", "backward_key", "delta" or "combine"."""
+    names = ["common", variant.geometry.product, "mods", kernel] if kernel in _ADDED else ["common", kernel]
+    return _filled(problem, kernel, variant, tuple((name, source(name)) for name in names))
+
+
+@lru_cache(maxsize=1024)
+def _filled(problem: Problem, kernel: str, variant: Variant, files: tuple[tuple[str, str], ...]) -> str:
     constants = _constants(problem, kernel, variant)
     holes = {"machine": _machine(variant), "constants": _definitions(problem, variant, constants), "readers": _readers(problem)}
-    parts = [_with_instances(fill(source("common"), holes), _ADDED.get(kernel, ()))]
     if kernel in _ADDED:
-        parts += [_with_instances(source(variant.geometry.product), _ADDED[kernel]), *_mods_and(kernel, problem, variant)]
-    else:
-        parts.append(source(kernel))
-    return expand("\n\n".join(_DOCSTRING.sub("", part) for part in parts), constants, unsigned=not variant.simulated)
+        mods = _Holes(problem, kernel, variant)
+        holes |= {**mods.mods(), **mods.calls()}
+    parts = []
+    for _, text in files:
+        own = {name: lines for name, lines in holes.items() if f"hole: {name}\n" in text}
+        parts.append(_with_instances(_DOCSTRING.sub("", fill(text, own)), _ADDED.get(kernel, ())))
+    return expand("\n\n".join(parts), constants, unsigned=not variant.simulated)
 
 
 def gathered(problem: Problem, kernel: str) -> list[int]:
@@ -104,7 +112,7 @@ def _constants(problem: Problem, kernel: str, variant: Variant) -> dict[str, obj
 def _machine(variant: Variant) -> list[str]:
     home = "flexref.backends.numba_cuda.kernels"
     if variant.simulated:
-        lines = [f"from {home} import simulated_maths as maths", f"from {home}.simulated import *", f"from {home}.simulated import math"]
+        lines = [f"from {home} import simulated_maths as maths", f"from {home}.simulated import *"]
     else:
         lines = ["import math", f"from {home} import maths", f"from {home}.machine import *"]
     return [*lines, "from numba import cuda"]
@@ -115,8 +123,8 @@ def _definitions(problem: Problem, variant: Variant, constants: dict[str, object
     lines = [f"{name} = {value}" for name, value in constants.items() if name not in PLACE and name.isupper()]
     real = "float64" if problem.dtype == torch.float64 else "float32"
     small = max(problem.q_len, problem.kv_len) < WIDEST_INT
-    lines += [f"real, INDEX, exp2 = {real}, {'int32' if small else 'int64'}, exp2_{real}", "INF, NAN = real(math.inf), real(math.nan)"]
-    lines.append("LOG2E = real(1.4426950408889634)")
+    lines.append(f"real, INDEX, exp2 = {real}, {'int32' if small else 'int64'}, exp2_{real}")
+    lines += ["INF, NAN, LOG2E = real(math.inf), real(math.nan), real(1.4426950408889634)"]
     if variant.geometry.product == "mma":
         half = _NAMES[problem.dtype]
         lines += [f"mma, pack, from_half = mma_{half}, pack_{half}, from_{half}", "element = array_of(uint16)"]
@@ -147,12 +155,6 @@ def _with_instances(text: str, added: tuple[str, ...]) -> str:
         return "".join(re.sub(r"\b(WIDTH|PADDED|STEP|WIDE|RUNS)\b", rf"\1_{n}", match[1]).replace("NAME", n) for n in names)
 
     return _EACH.sub(instances, text)
-
-
-def _mods_and(kernel: str, problem: Problem, variant: Variant) -> list[str]:
-    holes = _Holes(problem, kernel, variant)
-    text = source(kernel)
-    return [fill(source("mods"), holes.mods()), fill(text, {k: v for k, v in holes.calls().items() if f"hole: {k}\n" in text})]
 
 
 class _Holes:
@@ -224,16 +226,18 @@ class _Holes:
         where = f"b, {head}, {q_at}, {kv_at}"
         row = "" if self.kernel == "backward_key" else "[i]"
         results = ", ".join(["s[i, j]", "d[i, j]", *(f"u{c}, place[{c}]" for c in range(len(self.parts)))])
-        grad = f"{results} = grad_mod(x, d[i, j], row_max{row}, log_sum{row}, delta{row}, {where}, allowed, not careful, {common})"
+        statistics = f"row_max{row}, log_sum{row}, delta{row}"
+        grad = f"{results} = grad_mod(x, d[i, j], {statistics}, {where}, allowed, not careful, {common})"
         sums = [f"part[{c}] += u{c}" for c in range(len(self.parts))]
         assert self.derivative is not None or not self.parts
         buffers = [int(self.derivative.nodes[at].attr) for at in self.parts]  # type: ignore
-        sums_at_last = [f"cuda.atomic.add(g{buffer}, place[{c}], part[{c}])" for c, buffer in enumerate(buffers)]
+        has_mask, has_score = self.problem.mask is not None, self.problem.score is not None
+        sums_at_last = [f"    cuda.atomic.add(g{buffer}, place[{c}], part[{c}])" for c, buffer in enumerate(buffers)]
         return {
             "captured": [f"{name}," for name in captured_names(self.problem, self.kernel)],
-            "mask_call": [f"allowed = allowed & (mask_mod({where}, partial, {common}) | (not partial))"],
-            "score_call": [f"x = score_mod(x, {where}, allowed, {common})"],
-            "grad_call": [grad, *sums], "shared_sums": sums_at_last or ["pass"],
+            "mask_call": [f"allowed = allowed & (mask_mod({where}, partial, {common}) | (not partial))"] * has_mask,
+            "score_call": [f"x = score_mod(x, {where}, allowed, {common})"] * has_score,
+            "grad_call": [grad, *sums], "shared_sums": sums_at_last and ["if thread % LANES == 0:", *sums_at_last],
         }  # fmt: skip
 
 

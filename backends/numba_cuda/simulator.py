@@ -1,9 +1,9 @@
 """Numba's simulator, with threads that take turns.
 
-The simulator runs each CUDA thread as a Python thread, and its barrier polls, which costs 5 ms each. Here a thread that comes to the
-barrier wakes the next one and sleeps: the same threads and the same barrier, one running at a time, always in the same order.
-What CUDA leaves undefined is an error: a barrier that not all threads reach, or that they reach at different lines. Shared memory
-is full of NaN at first, and an index out of range or negative is an error.
+The simulator runs each CUDA thread as a Python thread, and its barrier polls, which takes milliseconds. Here a thread that
+comes to the barrier wakes the next one and sleeps: the same threads and the same barrier, one running at a time, always in the
+same order. What CUDA leaves undefined is an error: a barrier that not all threads reach, or that they reach at different lines.
+Shared memory is full of NaN at first, and an index of global memory that is out of range or negative is an error.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def _simulating() -> bool:
 
 
 @cache
-def cuda():
+def cuda() -> Any:
     """The module numba.cuda, as a simulator."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "1"
@@ -152,7 +153,7 @@ def _thread_class() -> type:
 
         def syncthreads(self):
             manager = self._manager
-            frame = sys._getframe(1)
+            frame: Any = sys._getframe(1)
             while frame.f_globals is not manager._f.__globals__:
                 frame = frame.f_back
             self.place = f"line {frame.f_lineno} of {frame.f_code.co_name}"

@@ -5,8 +5,8 @@
     s = unpacked(f(packed(s)))          a tuple of all of them, there and back
     if CAREFUL: ...                     a condition of constants is decided now
 
-A constant is a name in capitals, or a function of constants, that kernels_for.py gives a value; expressions of them become numbers. On a GPU an index of an
-array becomes unsigned: Numba would add code for negative ones, which count from the end.
+A constant is a name in capitals, or a function of constants, that kernels_for.py gives a value; expressions of them become
+numbers. On a GPU an index of an array becomes unsigned: Numba would add code for negative ones, which count from the end.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Expand(ast.NodeTransformer):
         """What an expression of constants is."""
         for part in ast.walk(node):
             free = isinstance(part, ast.Name) and part.id not in self.constants
-            called = isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and callable(self.constants.get(part.func.id)))
+            called = isinstance(part, ast.Call) and not callable(self.constants.get(ast.unparse(part.func)))
             if free or called or isinstance(part, ast.Subscript | ast.Attribute):
                 raise _Dynamic(ast.unparse(node))
         whole = ast.fix_missing_locations(ast.Expression(node))
@@ -97,8 +97,9 @@ class _Expand(ast.NodeTransformer):
             return None
         if isinstance(target, ast.Name) and _is_call(node.value, "unpacked"):
             assert isinstance(node.value, ast.Call)
-            names = [ast.Name(name, ast.Store()) for name in self.all_of(target)]
-            return ast.Assign([ast.Tuple(names, ast.Store())], self.visit(node.value.args[0]), lineno=node.lineno)
+            names: list[ast.expr] = [ast.Name(name, ast.Store()) for name in self.all_of(target)]
+            whole: list[ast.expr] = [ast.Tuple(names, ast.Store())]
+            return ast.Assign(whole, self.visit(node.value.args[0]), lineno=node.lineno)
         self.generic_visit(node)
         return node
 
@@ -133,7 +134,7 @@ class _Expand(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name):
         # names in capitals stay, for the reader: they are globals of the module
         if node.id in self.constants and not node.id.isupper() and isinstance(node.ctx, ast.Load):
-            return ast.Constant(self.constants[node.id])
+            return ast.Constant(self.constants[node.id])  # type: ignore[arg-type]
         return node
 
     def visit_BinOp(self, node: ast.BinOp):

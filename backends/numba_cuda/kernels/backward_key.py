@@ -105,8 +105,7 @@ def backward_key(
                         delta = deltas[flat]
                         for i in unrolled(ROWS):
                             allowed = (q0 + my_column + across(j) < q_end) & (kv0 + my_row + down(i) < kv_end)
-                            if HAS_MASK:
-                                # hole: mask_call
+                            # hole: mask_call
                             x = s[i, j] * scale
                             # hole: grad_call
                 else:

@@ -92,8 +92,7 @@ def backward_query(
                     kv_at = smaller(kv0 + my_column + across(j), kv_end - 1)
                     for i in unrolled(ROWS):
                         allowed = (kv0 + my_column + across(j) < kv_end) & (q0 + my_row + down(i) < q_end)
-                        if HAS_MASK:
-                            # hole: mask_call
+                        # hole: mask_call
                         x = s[i, j] * scale
                         # hole: grad_call
             else:
@@ -124,5 +123,4 @@ def backward_query(
     for c in unrolled(PARTS):
         for step in unrolled(LANE_BITS):
             part[c] += shuffle_xor(part[c], 1 << step)
-    if thread % LANES == 0:
-        # hole: shared_sums
+    # hole: shared_sums

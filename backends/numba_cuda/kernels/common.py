@@ -113,7 +113,7 @@ def tiles_listed(list_row, offsets, full_offsets, tiles_a_block):
 
 @device
 def row_task(task, sizes, order):
-    """(batch, first head, row of the block mask, first query) of a tile of query rows; the rows with the most blocks come first."""
+    """(batch, first head, row of the block mask, first query) of a tile of query rows; rows with most blocks come first."""
     tiles = (smaller(sizes[Q_BLOCK], sizes[Q_LEN]) + Q_ROWS - 1) // Q_ROWS
     if HAS_LISTS:
         rest = task % sizes[RESTS]

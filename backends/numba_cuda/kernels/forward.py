@@ -130,11 +130,9 @@ def forward(
                     kv_at = smaller(kv_at, kv_end - 1)
                     for i in unrolled(ROWS):
                         allowed = inside
-                        if HAS_MASK:
-                            # hole: mask_call
+                        # hole: mask_call
                         x = s[i, j] * scale
-                        if HAS_SCORE:
-                            # hole: score_call
+                        # hole: score_call
                         s[i, j] = select(allowed, x, -INF)
             else:
                 for j in unrolled(COLS):
@@ -142,8 +140,7 @@ def forward(
                     for i in unrolled(ROWS):
                         allowed = True
                         x = s[i, j] * scale
-                        if HAS_SCORE:
-                            # hole: score_call
+                        # hole: score_call
                         s[i, j] = x
 
             p, o_now, max_now, sum_now = softmax(packed(s), packed(o), packed(row_max), packed(row_sum))

@@ -1,7 +1,7 @@
 """What a GPU can do and Numba has no word for; simulated.py has the same names for the simulator.
 
-Numbers of half precision are bits in uint16; `pack` makes a register of two of them. The instructions for two half types differ in
-one word, so their functions carry its name.
+Numbers of half precision are bits in uint16; `pack` makes a register of two of them. The instructions for the two half types
+differ in one word, so their functions carry its name.
 """
 from __future__ import annotations
 

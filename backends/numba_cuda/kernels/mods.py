@@ -1,7 +1,7 @@
 """The user's two functions, and the derivative of one, at one position.
 
-`q_at` and `kv_at` are 64-bit; a program computes with q_idx and kv_idx, as wide as they need. A read that is checked sets errors[0]
-where the position is `concerned`, and reads the first element instead.
+`q_at` and `kv_at` are 64-bit; a program computes with q_idx and kv_idx, as wide as they need. A read that is checked and goes
+astray reads the first element instead, and sets errors[0] if the position is `concerned`.
 """
 
 
