@@ -10,7 +10,7 @@ from torch import Tensor
 from flexref.problem import Gradients, Output, Problem, Tensors
 
 if TYPE_CHECKING:
-    from flexref.backends.numba_cuda.emulated import Emulated
+    from flexref.backends.numba_cuda.emulation import Emulated
 
 name = "numba_cuda"
 rank = 20
@@ -76,6 +76,6 @@ def backward(
 
 def emulated() -> Emulated:
     """The same kernels on tensors of the CPU, in Numba's simulator."""
-    from flexref.backends.numba_cuda.emulated import Emulated
+    from flexref.backends.numba_cuda.emulation import Emulated
 
     return Emulated()

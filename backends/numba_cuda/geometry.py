@@ -58,9 +58,9 @@ class Geometry:
         return self.padded(width) + 8 if self.product == "mma" else self.padded(width) | 1
 
 
-# what a simulated block of threads has; two lanes share a row, so that what they do together is simulated, too
+# what a simulated block of threads has: two warps, and two lanes that share a row, so that what they do together shows
 SIMULATED = {
-    "fma": Geometry("fma", threads=4, lanes=4, rows=4, cols=4, spread=2, pair=1),
+    "fma": Geometry("fma", threads=8, lanes=4, rows=2, cols=4, spread=2, pair=1),
     "mma": Geometry("mma", threads=32, lanes=32, rows=2, cols=4, spread=4, pair=2),
 }
 
@@ -102,10 +102,13 @@ def geometry_of(problem: Problem, kernel: str, chip: Chip, simulated: bool) -> G
 
 
 def _smaller(geometry: Geometry) -> Geometry | None:
-    """The next smaller tile: half the columns, then half the threads; None if there is none."""
-    if geometry.cols > (4 if geometry.product == "mma" else 1):
+    """The next smaller tile: half the columns, then half the threads, then half the rows; None if there is none."""
+    tensor_cores = geometry.product == "mma"
+    if geometry.cols > (4 if tensor_cores else 1):
         return replace(geometry, cols=geometry.cols // 2)
-    return replace(geometry, threads=geometry.threads // 2) if geometry.threads > geometry.lanes else None
+    if geometry.threads > geometry.lanes:
+        return replace(geometry, threads=geometry.threads // 2)
+    return replace(geometry, rows=geometry.rows // 2) if geometry.rows > 1 and not tensor_cores else None
 
 
 def rounds(problem: Problem, geometry: Geometry) -> list[tuple[bool, bool, bool]]:

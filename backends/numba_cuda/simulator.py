@@ -94,14 +94,14 @@ def _manager(lanes: int) -> type:
     from numba.cuda.simulator import kernel
 
     class Turns(kernel.BlockManager):
-        """Runs the threads of a block one after the other, from barrier to barrier."""
+        """Runs the threads of a block one after the other, from barrier to barrier; a warp goes ahead as far as it can."""
 
         def run(self, grid_point, *args):
-            shared = self._f.__globals__["cuda"]._shared._dynshared
-            shared[:] = -1
-            self.table: list = [None] * self._block_dim[0]
-            self.threads = [_thread(self, grid_point, i, lanes, args) for i in range(self._block_dim[0])]
+            self._f.__globals__["cuda"]._shared._dynshared[:] = -1
+            count = self._block_dim[0]
             self.failure: BaseException | None = None
+            self.table: list = [None] * count
+            self.threads = [_thread_class()(self, grid_point, i, lanes, args) for i in range(count)]
             for thread in self.threads:
                 thread.start()
             self.threads[0].turn.release()
@@ -110,16 +110,35 @@ def _manager(lanes: int) -> type:
             if self.failure is not None:
                 raise self.failure
 
-        def pass_on(self, thread) -> None:
-            """Wake the thread after this one."""
-            self.threads[(thread.thread_id + 1) % len(self.threads)].turn.release()
+        def next_turn(self, thread) -> None:
+            """Open the barrier that this thread has completed, and wake the next thread that need not wait."""
+            first = thread.thread_id // lanes * lanes
+            warp = self.threads[first : first + lanes]
+            if thread.waits != "end":
+                scope = self.threads if thread.waits == "block" else warp
+                if all(other.waits == thread.waits for other in scope):
+                    self._open(scope)
+            for other in (*warp, *self.threads):
+                if other.waits is None:
+                    return other.turn.release()
+            if any(other.waits != "end" for other in self.threads):
+                self._fail()
 
-        def compare(self, thread) -> None:
-            """The last thread of a round sees whether all are at the same place."""
-            if thread.thread_id + 1 == len(self.threads) and self.failure is None:
-                places = sorted({str(other.place) for other in self.threads})
-                if len(places) > 1:
-                    self.failure = RuntimeError(f"the threads of a block wait at different places: {places}")
+        def _open(self, scope) -> None:
+            if len({other.place for other in scope}) > 1:
+                return self._fail()
+            for other in scope:
+                other.waits = None
+
+        def _fail(self) -> None:
+            places = sorted({other.place for other in self.threads})
+            self.end(RuntimeError(f"the threads of a block wait at different places: {places}"))
+
+        def end(self, failure: BaseException) -> None:
+            """Wake all threads, which then end."""
+            self.failure = self.failure or failure
+            for other in self.threads:
+                other.turn.release()
 
     return Turns
 
@@ -129,12 +148,14 @@ def _thread_class() -> type:
     from numba.cuda.simulator import kernel
 
     class Thread(kernel.BlockThread):
-        """A CUDA thread; `turn` is released when it may run, `place` is the line of the barrier that it waits at."""
+        """A CUDA thread; `turn` is released when it may run; `waits` at a barrier of its "warp" or "block", or at the "end"."""
 
         def __init__(self, manager, grid_point, number: int, lanes: int, args):
             super().__init__(None, manager, grid_point, (number, 0, 0), False)
             self._arguments = args
-            self.lanes, self.table, self.place = lanes, manager.table, None
+            self.lanes, self.table = lanes, manager.table
+            self.waits: str | None = None
+            self.place = "the beginning"
             self.turn = threading.Semaphore(0)
 
         def run(self):
@@ -144,28 +165,24 @@ def _thread_class() -> type:
                 if manager.failure is None:
                     with np.errstate(all="ignore"):
                         manager._f(*self._arguments)
+                self.waits, self.place = "end", "the end"
+                manager.next_turn(self)
             except BaseException as error:  # noqa: BLE001
-                manager.failure = manager.failure or error
-            self.place = "the end"
-            manager.compare(self)
-            if self.thread_id + 1 < len(manager.threads) or manager.failure is not None:
-                manager.pass_on(self)
+                manager.end(error)
 
         def syncthreads(self):
+            self.wait("block")
+
+        def wait(self, scope: str) -> None:
+            """Until all threads of the "warp" or "block" are here."""
             manager = self._manager
             frame: Any = sys._getframe(1)
             while frame.f_globals is not manager._f.__globals__:
                 frame = frame.f_back
-            self.place = f"line {frame.f_lineno} of {frame.f_code.co_name}"
-            manager.compare(self)
-            if manager.failure is None:
-                manager.pass_on(self)
-                self.turn.acquire()
+            self.waits, self.place = scope, f"line {frame.f_lineno} of {frame.f_code.co_name}"
+            manager.next_turn(self)
+            self.turn.acquire()
             if manager.failure is not None:
                 raise RuntimeError("another thread of the block failed")
 
     return Thread
-
-
-def _thread(*args):
-    return _thread_class()(*args)

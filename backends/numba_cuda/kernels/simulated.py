@@ -7,6 +7,7 @@ from __future__ import annotations
 import math as _math
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy import float32, float64, int32, int64, uint8, uint16  # noqa: F401
@@ -52,23 +53,15 @@ def exp2_float32(x):
 exp2_float64 = np.exp2
 
 
-def _together(value) -> list:
-    """What every thread of the block gave to the same call, by thread number."""
-    me = threading.current_thread()
-    table = me.table  # type: ignore[attr-defined]
-    table[me.thread_id] = value  # type: ignore[attr-defined]
-    me.syncthreads()  # type: ignore[attr-defined]
-    found = list(table)
-    me.syncthreads()  # type: ignore[attr-defined]
-    return found
-
-
 def _warp(value) -> tuple[list, int]:
-    """What every lane of the warp gave, and which lane this is."""
-    me, lanes = threading.current_thread(), threading.current_thread().lanes  # type: ignore[attr-defined]
-    number = me.thread_id  # type: ignore[attr-defined]
-    first = number // lanes * lanes
-    return _together(value)[first : first + lanes], number - first
+    """What every lane of the warp gave to the same call, and which lane this is."""
+    me: Any = threading.current_thread()
+    first = me.thread_id // me.lanes * me.lanes
+    me.table[me.thread_id] = value
+    me.wait("warp")
+    found = me.table[first : first + me.lanes]
+    me.wait("warp")
+    return found, me.thread_id - first
 
 
 def shuffle_xor(x, mask):
@@ -81,7 +74,8 @@ def shuffle(x, lane):
 
 
 def sync_warp():
-    threading.current_thread().syncthreads()  # type: ignore[attr-defined]
+    me: Any = threading.current_thread()
+    me.wait("warp")
 
 
 def ldmatrix(tile, at, further):
