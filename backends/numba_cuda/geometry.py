@@ -87,8 +87,9 @@ def geometry_of(problem: Problem, kernel: str, chip: Chip, simulated: bool) -> G
         return SIMULATED[product]
     wide = max(problem.head_dim, problem.value_dim)
     if product == "mma":
-        # the accumulators take wide / 2 registers a thread, and scores 2 * cols, twice in backward, of the 255 that it can have
-        cols = 16 if wide <= 128 else 8
+        # the accumulators take wide / 2 registers a thread, and scores 2 * cols, twice in backward,
+        # of the 255 that it can have; a mod that reads memory needs some for addresses
+        cols = 16 if wide <= 128 and not _reads(problem) else 8
         cols = cols if kernel == "forward" else cols // 2
         geometry = Geometry("mma", threads=128, lanes=32, rows=2, cols=cols, spread=4, pair=2)
     else:
@@ -120,7 +121,11 @@ def rounds(problem: Problem, geometry: Geometry) -> list[tuple[bool, bool, bool]
 
 
 def _too_wide(problem: Problem, product: str) -> bool:
-    return product == "mma" and max(problem.head_dim, problem.value_dim) > 64
+    return product == "mma" and (max(problem.head_dim, problem.value_dim) > 64 or _reads(problem))
+
+
+def _reads(problem: Problem) -> bool:
+    return any(graph is not None and graph.loads for graph in (problem.score, problem.mask))
 
 
 def _asked(problem: Problem, kernel: str, geometry: Geometry) -> Geometry:

@@ -66,7 +66,9 @@ def _filled(problem: Problem, kernel: str, variant: Variant, files: tuple[tuple[
     holes = {"machine": _machine(variant), "constants": _definitions(problem, variant, constants), "readers": _readers(problem)}
     if kernel in _ADDED:
         mods = _Holes(problem, kernel, variant)
-        holes |= {**mods.mods(), **mods.calls()}
+        # rows are fetched 16 bytes at a time; the simulator knows no alignment
+        shared = "cuda.shared.array(0, element)" if variant.simulated else "cuda.shared.array(0, element, 16)"
+        holes |= {**mods.mods(), **mods.calls(), "shared": [f"shared = {shared}"]}
     parts = []
     for _, text in files:
         own = {name: lines for name, lines in holes.items() if f"hole: {name}\n" in text}

@@ -13,7 +13,7 @@ def backward_key(
     # hole: captured
 ):
     thread = int64(cuda.threadIdx.x)
-    shared = cuda.shared.array(0, element)
+    # hole: shared
     k_tile = shared[K_AT : K_AT + ROW_TILE * STEP_keys]
     v_tile = shared[V_AT : V_AT + ROW_TILE * STEP_values]
     q_tile = shared[Q_AT : Q_AT + COLUMN_TILE * STEP_queries]

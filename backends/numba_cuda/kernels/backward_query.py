@@ -11,7 +11,7 @@ def backward_query(
     # hole: captured
 ):
     thread = int64(cuda.threadIdx.x)
-    shared = cuda.shared.array(0, element)
+    # hole: shared
     q_tile = shared[Q_AT : Q_AT + ROW_TILE * STEP_queries]
     g_tile = shared[G_AT : G_AT + ROW_TILE * STEP_grads]
     k_tile = shared[K_AT : K_AT + COLUMN_TILE * STEP_keys]

@@ -53,7 +53,7 @@ def forward(
     # hole: captured
 ):
     thread = int64(cuda.threadIdx.x)
-    shared = cuda.shared.array(0, element)
+    # hole: shared
     q_tile = shared[Q_AT : Q_AT + ROW_TILE * STEP_queries]
     k_tile = shared[K_AT : K_AT + COLUMN_TILE * STEP_keys]
     v_tile = shared[V_AT : V_AT + COLUMN_TILE * STEP_values]
