@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -80,10 +81,11 @@ def verdicts(backend, case: Case) -> dict[str, str]:
 def main() -> dict[str, dict[str, str]]:
     """Prints the difference and the table; returns what the suite says of each rule and result."""
     on_gpu = not numba_cuda.unavailable()
-    backend, device = (numba_cuda, "cuda") if on_gpu else (numba_cuda.emulated(), "cpu")
+    backend: Any = numba_cuda if on_gpu else numba_cuda.emulated()
     print(f"on the {'GPU' if on_gpu else 'simulator'}:\n    {LINE}\nbecomes\n    {EDITED}")
     with sigmoid_kernel():
-        print(f"largest difference from the formula in PyTorch: {difference(backend, device):.1e}")
+        far = difference(backend, "cuda" if on_gpu else "cpu")
+        print(f"largest difference from the formula in PyTorch: {far:.1e}")
         found = {rule: verdicts(backend, case) for rule, case in RULES.items()}
         check_same_bits(backend, EQUAL)
     title = "What the conformance suite says of the edited kernel (the backward kernels are still those of a softmax)"

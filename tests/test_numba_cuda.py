@@ -49,7 +49,8 @@ def run(name: str, source: str, threads: int, lanes: int, shared: int, *arrays: 
 
 
 def test_macros_leave_plain_python():
-    text = "def f(a, b, n):\n x = registers(2)\n x = unpacked(g(b))\n for i in unrolled(2):\n  if ROWS == i + 1:\n   x[i] = a[n + i]\n"
+    text = "def f(a, b, n):\n x = registers(2)\n x = unpacked(g(b))\n for i in unrolled(2):\n"
+    text += "  if ROWS == i + 1:\n   x[i] = a[n + i]\n"
     assert expand(text + " return packed(x)\n", {"ROWS": 2}, unsigned=False).splitlines() == [
         "def f(a, b, n):",
         "    x_0, x_1 = g(b)",
@@ -93,7 +94,7 @@ def test_threads_see_what_others_wrote_before_the_barrier():
     ("body", "says"),
     [
         ("    if cuda.threadIdx.x == 1:\n        cuda.syncthreads()\n", "wait at different places"),
-        ("    if cuda.threadIdx.x == 1:\n        cuda.syncthreads()\n    else:\n        cuda.syncthreads()\n", "different places"),
+        ("    if cuda.threadIdx.x:\n        cuda.syncthreads()\n    else:\n        cuda.syncthreads()\n", "different places"),
         ("    out[4] = 0\n", "written at 4 of 4"),
         ("    out[0] = out[cuda.threadIdx.x - 1]\n", "read at -1 of 4"),
     ],
@@ -198,14 +199,17 @@ def test_every_element_of_a_tile_has_one_owner(product):
 # kernels on the exact model of the tensor cores, and other ways that the suite does not take by itself
 
 
+HALF = Case(q_len=20, kv_len=21, head_dim=16, value_dim=16, dtype="bfloat16")
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        Case(q_len=20, kv_len=37, head_dim=16, value_dim=16, dtype="bfloat16", max_scores=True),
-        Case(q_len=20, kv_len=21, head_dim=24, value_dim=16, dtype="float16", score="score * gain", mask="q_idx >= kv_idx", wants=ALL),
-        Case(q_len=17, kv_len=18, head_dim=5, value_dim=7, dtype="bfloat16", group=2, wants=ALL),
-        Case(q_len=18, kv_len=33, head_dim=16, value_dim=16, dtype="float16", mask="q_idx >= kv_idx", values="holes", wants=ALL),
-        Case(q_len=2, kv_len=70, head_dim=16, value_dim=16, dtype="bfloat16", group=4, mask="kv_idx % 3 != 1"),
+        HALF.but(kv_len=37, max_scores=True),
+        HALF.but(head_dim=24, dtype="float16", score="score * gain", mask="q_idx >= kv_idx", wants=ALL),
+        HALF.but(q_len=17, kv_len=18, head_dim=5, value_dim=7, group=2, wants=ALL),
+        HALF.but(q_len=18, kv_len=33, dtype="float16", mask="q_idx >= kv_idx", values="holes", wants=ALL),
+        HALF.but(q_len=2, kv_len=70, group=4, mask="kv_idx % 3 != 1"),
     ],
 )
 def test_tensor_core_kernels_on_the_model_of_the_instruction(with_options, case):
@@ -237,7 +241,8 @@ def test_several_heads_in_a_tile_give_what_one_gives(monkeypatch):
     pack = call._pack
     monkeypatch.setattr(call, "_pack", lambda *arguments: seen.append(pack(*arguments)) or seen[-1])
     blocks = Blocks((16, 16), by_hand=True)
-    for case in (Case(q_len=2, kv_len=20, group=4, score="score * slope[h] + q_idx"), Case(q_len=1, kv_len=20, group=8, blocks=blocks)):
+    shape = Case(q_len=2, kv_len=20, group=4)
+    for case in (shape.but(score="score * slope[h] + q_idx"), shape.but(q_len=1, group=8, blocks=blocks)):
         checks.check_case(BACKEND, case)
     assert seen == [4, 8]
 
@@ -245,22 +250,25 @@ def test_several_heads_in_a_tile_give_what_one_gives(monkeypatch):
 # planted faults: each makes the suite fail, and without it the same problem passes
 
 LISTED = Case(q_len=20, kv_len=23, mask="(q_idx + kv_idx) % 3 != 0", blocks=Blocks((8, 8), by_hand=True))
-FAULTS = {
+HOLES = Case(q_len=12, kv_len=12, mask="q_idx >= kv_idx", values="holes", seed=6)
+BARRIER = "            arrived()\n            cuda.syncthreads()\n"
+# the file, the text that is replaced, by what, and a problem that tells
+FAULTS: dict[str, tuple[str, str, str, Case]] = {
     "rescaling left out": ("forward", "o[i, d] *= shrink", "pass", Case(q_len=9, kv_len=30, values="large")),
-    "row_sum not added over lanes": ("forward", "row_sum[i] = row_total(row_sum[i])", "pass", Case()),
-    "lse in base 2": ("forward", "lse[flat] = row_max[i] + log_sum", "lse[flat] = (row_max[i] + log_sum) * LOG2E", Case()),
-    "no barrier before values are read": ("forward", "            arrived()\n            cuda.syncthreads()\n            if t", "            if t", Case()),
+    "row_sum of one lane": ("forward", "row_sum[i] = row_total(row_sum[i])", "pass", Case()),
+    "lse in base 2": ("forward", "row_max[i] + log_sum", "(row_max[i] + log_sum) * LOG2E", Case()),
+    "no barrier before values are read": ("forward", BARRIER + "            if t", "            if t", Case()),
     "ragged tail not masked": ("forward", "inside = kv_at < kv_end", "inside = True", Case(kv_len=13)),
     "mask asked in full blocks": ("common", "block_size, length), partial", "block_size, length), True", LISTED),
-    "last block of a row dropped": ("common", "return blocks * tiles_a_block", "return (blocks - 1) * tiles_a_block", LISTED),
-    "never careful": ("forward", "careful = True", "break", Case(q_len=12, kv_len=12, mask="q_idx >= kv_idx", values="holes", seed=6)),
-    "rows past the end written": ("forward", "inside = q0 + (my_row + down(i)) % Q_ROWS < q_end", "inside = True", Case(q_len=13)),
+    "last block dropped": ("common", "return blocks * tiles", "return (blocks - 1) * tiles", LISTED),
+    "never careful": ("forward", "careful = True", "break", HOLES),
+    "rows past the end written": ("forward", "% Q_ROWS < q_end\n", "% Q_ROWS >= 0\n", Case(q_len=13)),
     "delta left out": ("delta", "deltas[flat] = total", "deltas[flat] = real(0)", Case(wants=ALL)),
     "dq misses the scale": ("backward_query", "factors[i] = scale", "factors[i] = real(1)", Case(wants=("query",))),
-    "one query head of the group": ("backward_key", "range(batches * sizes[GROUP])", "range(batches)", Case(group=2, wants=("key",))),
+    "one head of the group": ("backward_key", "batches * sizes[GROUP])", "batches)", Case(group=2, wants=("key",))),
     "slope left out": ("mods", "select(seen, d_score, real(0))", "grad", Case(score="torch.tanh(score)", wants=("key",))),
-    "shared sums of one lane": ("backward_query", "part[c] += shuffle_xor(part[c], 1 << step)", "pass", Case(score="score * gain", wants=ALL)),
-}  # fmt: skip
+    "a sum of one lane": ("backward_query", "+= shuffle_xor", "+= 0 * shuffle_xor", Case(score="score * gain", wants=ALL)),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

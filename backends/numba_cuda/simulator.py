@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,116 +74,136 @@ class Flat:
 
 def run(function: Callable, grid: int, threads: int, lanes: int, shared_bytes: int, arguments: list) -> None:
     """Launch `function` in the simulator; warps have `lanes` threads."""
-    with _lock, _turns(lanes):
+    with _lock, _crew(threads, lanes):
         cuda().jit(function)[grid, threads, 0, shared_bytes](*arguments)
 
 
 @contextmanager
-def _turns(lanes: int):
+def _crew(count: int, lanes: int):
+    """Within it the simulator runs every block on the same threads, which take turns."""
     from numba.cuda.simulator import kernel
 
+    crew = [Thread(i, lanes) for i in range(count)]
     plain = kernel.BlockManager
-    kernel.BlockManager = _manager(lanes)
+    kernel.BlockManager = lambda function, grid, block, debug: Block(function, crew)
+    for thread in crew:
+        thread.start()
     try:
         yield
     finally:
         kernel.BlockManager = plain
+        for thread in crew:
+            thread.block = None
+            thread.turn.release()
 
 
-@cache
-def _manager(lanes: int) -> type:
-    from numba.cuda.simulator import kernel
+class Block:
+    """Runs the threads of a block one after the other, from barrier to barrier; a warp goes ahead as far as it can."""
 
-    class Turns(kernel.BlockManager):
-        """Runs the threads of a block one after the other, from barrier to barrier; a warp goes ahead as far as it can."""
+    def __init__(self, function: Any, crew: list[Thread]):
+        self.function, self.crew = function, crew
+        self.failure: BaseException | None = None
+        # what the lanes of a warp show one another
+        self.table: list = [None] * len(crew)
+        self.left, self.lock, self.finished = len(crew), threading.Lock(), threading.Semaphore(0)
 
-        def run(self, grid_point, *args):
-            self._f.__globals__["cuda"]._shared._dynshared[:] = -1
-            count = self._block_dim[0]
-            self.failure: BaseException | None = None
-            self.table: list = [None] * count
-            self.threads = [_thread_class()(self, grid_point, i, lanes, args) for i in range(count)]
-            for thread in self.threads:
-                thread.start()
-            self.threads[0].turn.release()
-            for thread in self.threads:
-                thread.join()
-            if self.failure is not None:
-                raise self.failure
+    def run(self, grid_point, *arguments) -> None:
+        self.arguments = arguments
+        self.function.__globals__["cuda"]._shared._dynshared[:] = -1
+        for thread in self.crew:
+            thread.begin(self, grid_point)
+        self.crew[0].turn.release()
+        self.finished.acquire()
+        if self.failure is not None:
+            raise self.failure
 
-        def next_turn(self, thread) -> None:
-            """Open the barrier that this thread has completed, and wake the next thread that need not wait."""
-            first = thread.thread_id // lanes * lanes
-            warp = self.threads[first : first + lanes]
-            if thread.waits != "end":
-                scope = self.threads if thread.waits == "block" else warp
-                if all(other.waits == thread.waits for other in scope):
-                    self._open(scope)
-            for other in (*warp, *self.threads):
-                if other.waits is None:
-                    return other.turn.release()
-            if any(other.waits != "end" for other in self.threads):
-                self._fail()
+    def next_turn(self, thread: Thread) -> None:
+        """Open the barrier that this thread has completed, and wake the next thread that need not wait."""
+        warp = self.crew[thread.first_of_warp : thread.first_of_warp + thread.lanes]
+        if thread.waits != "end":
+            scope = self.crew if thread.waits == "block" else warp
+            if all(other.waits == thread.waits for other in scope):
+                if len({other.place for other in scope}) > 1:
+                    return self.fail(thread)
+                for other in scope:
+                    other.waits = None
+        for other in (*warp, *self.crew):
+            if other.waits is None:
+                return other.turn.release()
+        if any(other.waits != "end" for other in self.crew):
+            self.fail(thread)
 
-        def _open(self, scope) -> None:
-            if len({other.place for other in scope}) > 1:
-                return self._fail()
-            for other in scope:
-                other.waits = None
+    def fail(self, thread: Thread) -> None:
+        places = sorted({other.place for other in self.crew})
+        self.end(thread, RuntimeError(f"the threads of a block wait at different places: {places}"))
 
-        def _fail(self) -> None:
-            places = sorted({other.place for other in self.threads})
-            self.end(RuntimeError(f"the threads of a block wait at different places: {places}"))
+    def end(self, thread: Thread, failure: BaseException) -> None:
+        """Wake the other threads, which then end."""
+        if self.failure is None:
+            self.failure = failure
+            for other in self.crew:
+                if other is not thread and other.waits != "end":
+                    other.turn.release()
 
-        def end(self, failure: BaseException) -> None:
-            """Wake all threads, which then end."""
-            self.failure = self.failure or failure
-            for other in self.threads:
-                other.turn.release()
-
-    return Turns
+    def one_ended(self) -> None:
+        with self.lock:
+            self.left -= 1
+            if self.left == 0:
+                self.finished.release()
 
 
-@cache
-def _thread_class() -> type:
-    from numba.cuda.simulator import kernel
+class Thread(threading.Thread):
+    """A CUDA thread; `turn` is released when it may run; `waits` at a barrier of its "warp" or "block", or at the "end"."""
 
-    class Thread(kernel.BlockThread):
-        """A CUDA thread; `turn` is released when it may run; `waits` at a barrier of its "warp" or "block", or at the "end"."""
+    def __init__(self, number: int, lanes: int):
+        super().__init__(daemon=True)
+        self.thread_id, self.lanes, self.first_of_warp = number, lanes, number // lanes * lanes
+        self.threadIdx = SimpleNamespace(x=number, y=0, z=0)
+        self.turn = threading.Semaphore(0)
+        self.block: Any = None
 
-        def __init__(self, manager, grid_point, number: int, lanes: int, args):
-            super().__init__(None, manager, grid_point, (number, 0, 0), False)
-            self._arguments = args
-            self.lanes, self.table = lanes, manager.table
-            self.waits: str | None = None
-            self.place = "the beginning"
-            self.turn = threading.Semaphore(0)
+    def begin(self, block: Block, grid_point) -> None:
+        """Be a thread of this block next."""
+        self.block, self.table = block, block.table
+        self.blockIdx = SimpleNamespace(**dict(zip("xyz", grid_point, strict=True)))
+        self.waits: str | None = None
+        self.place = "the beginning"
 
-        def run(self):
-            manager = self._manager
-            self.turn.acquire()
+    def run(self) -> None:
+        while self.turn.acquire() and (block := self.block) is not None:
             try:
-                if manager.failure is None:
+                if block.failure is None:
                     with np.errstate(all="ignore"):
-                        manager._f(*self._arguments)
+                        block.function(*block.arguments)
                 self.waits, self.place = "end", "the end"
-                manager.next_turn(self)
+                if block.failure is None:
+                    block.next_turn(self)
             except BaseException as error:  # noqa: BLE001
-                manager.end(error)
+                self.waits = "end"
+                block.end(self, error)
+            block.one_ended()
 
-        def syncthreads(self):
-            self.wait("block")
-
-        def wait(self, scope: str) -> None:
-            """Until all threads of the "warp" or "block" are here."""
-            manager = self._manager
-            frame: Any = sys._getframe(1)
-            while frame.f_globals is not manager._f.__globals__:
-                frame = frame.f_back
-            self.waits, self.place = scope, f"line {frame.f_lineno} of {frame.f_code.co_name}"
-            manager.next_turn(self)
+    def wait(self, scope: str) -> None:
+        """Until all threads of the "warp" or "block" are here."""
+        block = self.block
+        frame: Any = sys._getframe(1)
+        while frame.f_globals is not block.function.__globals__:
+            frame = frame.f_back
+        self.waits, self.place = scope, f"line {frame.f_lineno} of {frame.f_code.co_name}"
+        block.next_turn(self)
+        if block.failure is None:
             self.turn.acquire()
-            if manager.failure is not None:
-                raise RuntimeError("another thread of the block failed")
+        if block.failure is not None:
+            raise RuntimeError("another thread of the block failed")
 
-    return Thread
+    def syncthreads(self) -> None:
+        """cuda.syncthreads() of the simulator ends up here."""
+        self.wait("block")
+
+    def syncthreads_or(self, value) -> int:
+        """Whether any thread of the block gave a number other than 0."""
+        self.table[self.thread_id] = value
+        self.wait("block")
+        found = any(self.table)
+        self.wait("block")
+        return int(found)
