@@ -272,6 +272,9 @@ SECTIONS = {
 }
 
 
+GPU_SECTIONS = ("decode", "training", "float32")
+
+
 def machine() -> dict[str, str | int]:
     """What the figures were measured on; no names of hosts, users or folders."""
     cpu = platform.machine()
@@ -292,6 +295,17 @@ def report(bench: Bench) -> Table:
     return table
 
 
+def _on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, only: tuple[str, ...], console: Console) -> int:
+    if not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA GPU that PyTorch can use")
+    from bench import gpu
+
+    engine = "triton" if options.backend == "auto" else options.backend
+    bench = gpu.GpuBench(engine, quick=options.quick, autotuned=options.autotuned, minutes=options.minutes)
+    bench.say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return gpu.run(bench, only, options.json)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 if every target that was run is met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
@@ -299,14 +313,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="few rounds and a shorter memory case: for a look, not for figures")
-    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
+    parser.add_argument(
+        "--only", choices=[*SECTIONS, *GPU_SECTIONS], nargs="+", help="sections; the last three are those of a GPU"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="on a GPU: begin no case after that")
+    parser.add_argument("--autotuned", action="store_true", help="on a GPU: also beside flex compiled with max-autotune")
     options = parser.parse_args(argv)
-    if options.device == "cuda":
-        parser.error("--device cuda is kept for the GPU backends; there are no targets for it yet")
+    known = GPU_SECTIONS if options.device == "cuda" else tuple(SECTIONS)
+    only = tuple(options.only or known)
+    if wrong := [name for name in only if name not in known]:
+        parser.error(f"--only {wrong[0]} is no section of --device {options.device}; known: {', '.join(known)}")
     console = Console()
+    if options.device == "cuda":
+        return _on_gpu(parser, options, only, console)
     bench = Bench(options.backend, options.quick, say=lambda text: console.print(text, highlight=False, markup=False))
     start = time.perf_counter()
-    for name in options.only:
+    for name in only:
         SECTIONS[name](bench)
     console.print(report(bench))
     if options.json:

@@ -20,6 +20,9 @@ from flexref.conformance.layouts import LAYOUTS, VALUES
 from flexref.conformance.mods import CAPTURES, FLOATS, make_mod, names_in
 from flexref.reference import ACC_DTYPE
 
+# of blocks smaller than any tile, each of which is a tile to an engine
+_FEW_BLOCKS = 4
+
 
 class Blocks(NamedTuple):
     """A block mask: built from the mask_mod, or lists drawn by hand that need not agree with it."""
@@ -72,10 +75,16 @@ class Case:
         return self.kv_heads * self.group
 
     def within(self, reach: int | None) -> Case:
-        """The same with lengths of at most about `reach`, as an emulated engine needs it; a ragged tail stays as ragged."""
-        if reach is None or max(self.q_len, self.kv_len) <= reach:
+        """The same for an emulated engine: lengths of at most about `reach`, and of few small blocks.
+
+        A ragged tail stays as ragged.
+        """
+        if reach is None:
             return self
-        q_len, kv_len = (n if n <= reach else reach - reach % 16 + n % 16 for n in (self.q_len, self.kv_len))
+        blocks = self.blocks.size if self.blocks else (reach, reach)
+        most = [min(reach, _FEW_BLOCKS * size) if size < 16 else reach for size in blocks]
+        lengths = zip((self.q_len, self.kv_len), most, strict=True)
+        q_len, kv_len = (n if n <= m else max(1, m - m % 16 + n % 16 - 16) if m >= 32 else m for n, m in lengths)
         return self.but(q_len=q_len, kv_len=kv_len)
 
     def but(self, **changes: Any) -> Case:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexref.arguments import prepare
+from flexref.arrays import shared_tensors
 from flexref.autograd import attend
 from flexref.backend import find_backends
 from flexref.block_mask import BlockMask
@@ -56,7 +57,8 @@ def flex_attention(
     """softmax(score_mod(scale * query @ key.T)) @ value, over the positions that the mask allows.
 
     Shapes: query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev); float16, bfloat16, float32 or
-    float64, any strides. The result is (B, Hq, L, Ev) in query's dtype; `docs/semantics.md` says what each element is.
+    float64, any strides; arrays of CuPy, Numba and NumPy are taken as tensors on the same memory. The result is
+    (B, Hq, L, Ev) in query's dtype; `docs/semantics.md` says what each element is.
 
     Args:
         score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score.
@@ -99,14 +101,16 @@ def flex_attention(
 
 
 class Explanation(NamedTuple):
-    """Which engine a call runs on, and why not on the others. Print it."""
+    """Which engine a call runs on, and why not on the others; `notes`: what that engine says of how. Print it."""
 
     problem: Problem
     choice: Choice
     hardware: Hardware
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"problem  {describe(self.problem)}\nmachine  {self.hardware}\n{self.choice}"
+        lines = [f"problem  {describe(self.problem)}", f"machine  {self.hardware}", str(self.choice)]
+        return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
 
 
 def explain(
@@ -141,7 +145,9 @@ def explain(
         deterministic,
         max_scores,
     )
-    return Explanation(problem, _choice(problem, wanted), probe())
+    choice = _choice(problem, wanted)
+    notes = getattr(find_backends().get(choice.name or ""), "notes", None)
+    return Explanation(problem, choice, probe(), tuple(notes(problem)) if notes else ())
 
 
 def _wanted_aux(request) -> tuple[bool, bool]:
@@ -168,6 +174,7 @@ def _prepared(
 ) -> tuple[Problem, Tensors, str]:
     wanted = wanted_backend(backend, kernel_options, os.environ)
     options = checked_options(kernel_options, find_backends()) if kernel_options else None
+    query, key, value = shared_tensors(query, key, value)
     device = query.device.type if isinstance(query, Tensor) else "cpu"
     arguments = {
         "mask_mod": mask_mod,

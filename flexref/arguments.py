@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from flexref.arrays import shared_tensors
 from flexref.block_mask import BlockMask, create_block_mask, noop_mask
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.mods import Mod, shifted, traced_mod
@@ -37,6 +38,7 @@ def prepare(
 
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or value, TraceError for a mod.
     """
+    query, key, value = shared_tensors(query, key, value)
     _check_tensors(query, key, value)
     _check_shapes(query, key, value, enable_gqa)
     scale = _checked_scale(scale, query.shape[3])

@@ -23,6 +23,7 @@ class Backend(Protocol):
     A backend of a device that is often absent may also have `emulated() -> Backend`: the very same kernels run on CPU
     tensors, slowly. Only the conformance suite asks for it, where `unavailable()` has reasons. What it returns has two
     attributes more: `how`, one word for the matrix, and `reach`, the longest length worth running, or None.
+    And `notes(problem) -> list[str]`: what `explain` adds of how the backend would run a problem.
     """
 
     name: str

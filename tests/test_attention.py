@@ -412,3 +412,29 @@ def test_public_names():
         "noop_mask",
     }
     assert theirs <= set(flexref.__all__)
+
+
+class _Shares:
+    """An array of another library: by DLPack, or not at all."""
+
+    def __init__(self, tensor, error=None):
+        self.tensor, self.error = tensor, error
+
+    def __dlpack__(self, **how):
+        if self.error:
+            raise self.error
+        return self.tensor.__dlpack__(**how)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
+def test_arrays_of_other_libraries_are_taken_as_they_lie():
+    query, key, value = qkv()
+    wanted = flex_attention(query, key, value)
+    assert torch.equal(flex_attention(query.numpy(), key.numpy(), value.numpy()), wanted)
+    assert torch.equal(flex_attention(_Shares(query), key, value), wanted)
+    with pytest.raises(TypeError, match="key is a _Shares whose memory torch cannot share: not now; copy it"):
+        flex_attention(query, _Shares(key, BufferError("not now")), value)
+    with pytest.raises(TypeError, match="query must be a torch.Tensor, got list"):
+        flex_attention([1.0], key, value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flexref
-from bench import check, run
+from bench import check, gpu, gpu_cases, run
 from bench.cases import TARGETS, Target, variants
 from bench.clock import Timing, interleaved, ratio
 from bench.fresh import in_new_process
@@ -91,7 +91,71 @@ def test_results_are_written_as_json(tmp_path, capsys):
     assert "fixed cost" in capsys.readouterr().out
 
 
-def test_cuda_is_reserved(capsys):
+def test_cuda_needs_a_gpu_and_sections_belong_to_a_device(capsys):
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            run.main(["--device", "cuda"])
+        assert "needs a CUDA GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run.main(["--device", "cuda"])
-    assert "kept for the GPU backends" in capsys.readouterr().err
+        run.main(["--only", "decode"])
+    assert "decode is no section of --device cpu" in capsys.readouterr().err
+
+
+def _gpu_bench(**how) -> gpu.GpuBench:
+    """The GPU's bench on the CPU, with a clock that only counts."""
+    ticks = iter(range(1, 10_000))
+
+    def clock(call) -> float:
+        call()
+        return float(next(ticks))
+
+    return gpu.GpuBench("reference", device="cpu", rounds=2, clock=clock, say=lambda text: None, **how)
+
+
+def test_a_gpu_case_is_compared_then_timed_beside_its_rivals(monkeypatch):
+    bench = _gpu_bench()
+    monkeypatch.setattr(gpu, "torch_flex", None)
+    monkeypatch.setattr(gpu, "rivals", lambda bench, variant, inputs: {gpu.FLEX: lambda: sum(inputs)})
+    for variant in gpu_cases.variants(2, 64, "cpu").values():
+        gpu.one_case(bench, torch.float32, (1, 2, 64, 16), variant)
+    assert [case["what"] for case in bench.cases] == ["forward", "backward"] * 7
+    assert all(case["TFLOP/s"] > 0 and case["ratios"][gpu.FLEX]["median"] > 0 for case in bench.cases)
+    broken = gpu_cases.variants(2, 64, "cpu")["causal"]
+    monkeypatch.setattr(gpu.flexref, "flex_attention", lambda q, *rest, **named: torch.zeros_like(q))
+    gpu.one_case(bench, torch.float32, (1, 2, 64, 16), broken)
+    assert "over the error budget" in bench.cases[-1]["refused"]
+
+
+def test_gpu_targets_come_from_what_was_timed(monkeypatch):
+    bench = _gpu_bench()
+    bench.engine = "triton"
+    assert all(r["value"] is None and not r["met"] for r in gpu.targets(bench).values())
+    sides = {"ours": [1.0, 1.0], gpu.FLEX: [1.5, 1.5], gpu.FA2: [0.9, 0.9]}
+    where = {"variant": "full", "dtype": "bfloat16", "D": 128, "S": 8192, "B": 2}
+    bench.record("forward", where, sides, 400.0, "TFLOP/s")
+    bench.record("decode", where | {"bytes": 1 << 30}, {"ours": [0.5, 0.5]}, 2.0, "TB/s")
+    found = gpu.targets(bench)
+    assert found["forward / torch flex: geometric mean"]["value"] == 1.5
+    assert found["forward / FlashAttention-2: geometric mean"]["met"] is False
+    assert found["decode, 256 MB and more"]["value"] == 4.0 and found["backward / torch flex: geometric mean"]["value"] is None
+    bench.engine = "cupy"
+    met = gpu.targets(bench)["forward, D 128, full"]
+    assert abs(met.pop("value") - 400) < 1e-6 and met == {"asked": 300.0, "unit": "TFLOP/s", "met": True, "cases": 1}
+
+
+def test_decoding_is_compared_and_counted(tmp_path):
+    bench = _gpu_bench()
+    gpu.decoding(bench, torch.float32, sizes=(1 << 20,), lengths=(256,))
+    assert [case["what"] for case in bench.cases] == ["decode"] and bench.cases[0]["TB/s"] > 0
+    bench.minutes = 0
+    gpu.training(bench, (torch.float32,), (64,), (64,))
+    assert len(bench.cases) == 1, "no case is begun after the time is up"
+    assert gpu.run(bench, (), tmp_path / "gpu.json") == 0
+    assert json.loads((tmp_path / "gpu.json").read_text())["cases"] == bench.cases
+
+
+def test_densities():
+    found = gpu_cases.variants(2, 1024, "cpu")
+    assert gpu_cases.density(found["full"], 1024) == 1.0
+    assert abs(gpu_cases.density(found["causal"], 1024) - 0.5) < 0.01
+    assert gpu_cases.shape(1024, 64) == (16, 32, 1024, 64) and gpu_cases.shape(32768, 128)[0] == 1

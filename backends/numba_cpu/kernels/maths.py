@@ -202,7 +202,7 @@ def log1p(x):
 
 @helper
 def sign(x):
-    return _copysign(_one(x), x) if abs(x) > _zero(x) else x * _zero(x)
+    return _copysign(_one(x), x) if abs(x) > _zero(x) else _zero(x)
 
 
 @helper

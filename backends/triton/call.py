@@ -1,0 +1,172 @@
+"""What every launch needs: where the tensors are, the arguments of the mods, the walk over the lists, a tile that fits."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexref.backends.triton import kernels_for
+from flexref.backends.triton.tiles import Tile, padded, smaller, tile_for
+from flexref.index_error import named_index_error
+from flexref.index_proof import proved_in_range
+from flexref.problem import Problem, Tensors
+
+_REACH = 2**31 - 1
+# what K and V of the heads that run beside one another may take of the second-level cache, as in FlashAttention-3
+_SECTION_BYTES = 32 << 20
+# the tile that a kernel ended with after one did not fit, by what decides the size
+_fitted: dict[tuple, Tile] = {}
+
+
+class Call:
+    """One call's arguments that forward and backward share. On CPU tensors it is the interpreter's."""
+
+    def __init__(self, problem: Problem, tensors: Tensors):
+        self.problem, self.tensors = problem, tensors
+        self.device = tensors.query.device
+        self.emulated = self.device.type == "cpu"
+        self.capability = None if self.emulated else torch.cuda.get_device_capability(self.device)
+        self.options = dict(problem.options)
+        self.captured = [_readable(t, self.device) for t in tensors.captured]
+        self.near = frozenset(i for i, t in enumerate(self.captured) if _extent(t) <= _REACH)
+        self.checks = kernels_for.needs_proof(problem) and not proved_in_range(problem, tensors)
+        self.errors = torch.zeros(1, dtype=torch.int32, device=self.device) if self.checks else None
+
+    def function(self, kernel: str) -> Any:
+        """The compiled-when-called function of a kernel."""
+        text = kernels_for.text_of(kernel, self.problem, self.near, self.checks, self.emulated)
+        return getattr(kernels_for.module_of(text, self.emulated), kernel)
+
+    def mods(self) -> dict[str, Any]:
+        """The arguments of the mods by name."""
+        found: dict[str, Any] = {}
+        for line in kernels_for.argument_lists(self.problem, False)["arguments"]:
+            name = line.removesuffix(",")
+            number, _, part = name[1:].partition("_")
+            if name[0] != "c":
+                value = self.tensors.scalars[int(number)]
+                # a float that is no 64-bit int is never read as one
+                found[name] = float(value) if name[0] == "f" else int(value) if abs(value) < 2**63 else 0
+                continue
+            tensor = self.captured[int(number)]
+            sizes = self.problem.captures[int(number)].shape
+            found[name] = tensor if not part else tensor.stride(int(part[1:])) if part[0] == "s" else sizes[int(part[1:])]
+        return found
+
+    def walk(self, by_column: bool, packed: bool = False) -> dict[str, Any]:
+        """The lists, in the order of rows (or columns), and what says which program works on which of them."""
+        p, mask = self.problem, self.tensors.block_mask
+        q_block, kv_block = p.block_size or (p.q_len, p.kv_len)
+        heads = p.kv_heads if packed else p.q_heads
+        rows, columns = -(-p.q_len // q_block), -(-p.kv_len // kv_block)
+        mask_batch, mask_heads = (1, 1) if mask is None else (mask.B, mask.H)
+        lists = (None,) * 4 if mask is None else mask.csc if by_column else mask.csr
+        order = None if mask is None else mask.column_order if by_column else mask.row_order
+        replicas = (p.batch if mask_batch == 1 else 1) * (heads if mask_heads == 1 else 1)
+        lines = columns if by_column else rows
+        return {
+            "offsets": lists[0], "indices": lists[1], "full_offsets": lists[2], "full_indices": lists[3], "order": order,
+            "rows": rows, "columns": columns, "mask_heads": mask_heads, "list_rows": mask_batch * mask_heads * lines,
+            "replicas": replicas, "section": self._section(replicas, heads),
+        }  # fmt: skip
+
+    def _section(self, replicas: int, heads: int) -> int:
+        """How many heads run beside one another: as many as have their keys and values in the cache."""
+        p = self.problem
+        bytes_a_head = max(1, p.kv_len * (p.head_dim + p.value_dim) * p.dtype.itemsize)
+        group = max(1, heads // p.kv_heads)
+        return max(1, min(replicas, _SECTION_BYTES // bytes_a_head * group))
+
+    def sizes(self) -> dict[str, Any]:
+        """What is known when a kernel is compiled, beside its tile."""
+        p = self.problem
+        return {
+            "LISTS": p.block_size is not None, "HEAD_DIM": p.head_dim, "VALUE_DIM": p.value_dim,
+            "HEAD_COLUMNS": padded(p.head_dim), "VALUE_COLUMNS": padded(p.value_dim), "HAS_SCORE": p.score is not None,
+            "HAS_MASK": p.mask is not None and p.block_size is not None, "CHECK_READS": self.checks,
+            "PRECISION": str(self.options.get("precision", "ieee")), "CHUNK": 128 if self.emulated else 16,
+        }  # fmt: skip
+
+    def folds(self) -> bool:
+        """Whether scale and log2(e) may be one factor: there is no score_mod, and the greatest product stays greatest."""
+        return self.problem.score is None and self.tensors.scale > 0
+
+    def subtracts(self) -> bool:
+        """Whether row_max is taken off before the scale: bfloat16 can hold what a rounded product leaves over."""
+        return not self.folds() or self.problem.dtype != torch.bfloat16
+
+    def run(self, kernel: str, launch: Callable[[Any, Tile], None]) -> None:
+        """`launch(function, tile)` with the first tile that fits."""
+        key = fit_key(kernel, self.problem, self.device)
+        tile = _fitted.get(key) or tile_for(kernel, self.problem, self.capability)
+        function = self.function("forward" if kernel == "decode" else kernel)
+        with nullcontext() if self.emulated else torch.cuda.device(self.device):
+            while True:
+                try:
+                    launch(function, tile)
+                    return
+                except Exception as error:
+                    following = smaller(tile)
+                    if type(error).__name__ != "OutOfResources" or following is None:
+                        raise
+                    tile = _fitted[key] = following
+
+    def twice(self, function: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        """The launch, and one that does again, with care, what did not come out finite: only a masked NaN needs it (R4)."""
+        unsound = torch.zeros(math.prod(grid), dtype=torch.int32, device=self.device)
+        function[grid](**arguments, unsound=unsound, CAREFUL=False)
+        if self.problem.block_size is not None or self.problem.score is not None or not arguments["SUBTRACT"]:
+            careful = {"num_stages": 1, "num_warps": max(8, arguments["num_warps"])}
+            function[grid](**arguments | careful, unsound=unsound, CAREFUL=True)
+
+    def raise_bad_reads(self) -> None:
+        """IndexError if a checked read was out of range (R13); waits for the device only if there was something to check."""
+        if self.errors is not None and bool(self.errors.item()):
+            raise named_index_error(self.problem, self.tensors) or IndexError("a captured tensor is indexed out of range.")
+
+
+def fit_key(kernel: str, problem: Problem, device: torch.device | str) -> tuple:
+    """What decides whether a tile fits."""
+    p = problem
+    return kernel, str(device), p.dtype, p.head_dim, p.value_dim, p.score, p.mask, p.block_size, p.options
+
+
+def fitted_tile(key: tuple) -> Tile | None:
+    """The tile that a kernel ended with, if the first did not fit."""
+    return _fitted.get(key)
+
+
+def strides(x: Tensor, prefix: str) -> dict[str, int]:
+    """The four strides of `x` as arguments."""
+    names = ("b", "h", "row", "column")
+    return {f"{prefix}_{name}": stride for name, stride in zip(names, x.stride(), strict=True)}
+
+
+def plain(x: Tensor) -> Tensor:
+    """As its memory says: PyTorch keeps the sign of some views, such as x.conj().imag, as a mere note."""
+    return x.detach().resolve_neg()
+
+
+def _readable(x: Tensor, device: torch.device) -> Tensor:
+    """A captured tensor where the kernel can read it: bools as bytes, a number of the CPU moved, never without an element."""
+    x = plain(x)
+    if x.device != device:
+        x = x.to(device)
+    if x.dtype == torch.bool:
+        x = x.view(torch.uint8)
+    return x if x.numel() else x.new_zeros(1).expand([1] * x.dim()) if x.dim() else x
+
+
+def _extent(x: Tensor) -> int:
+    return sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; for the interpreter a number small enough that splits come in several sizes."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
