@@ -5,25 +5,28 @@ import math
 
 from llvmlite import ir
 from numba import cuda
-from numba.cuda import int64
+from numba.cuda import int64, types
 from numba.cuda.extending import intrinsic
 
 device = cuda.jit(device=True, forceinline=True)
 
 
-def _llvm(name: str):
+def _rounded(direction: str):
+    """An intrinsic for the whole number beside a float, in the float's own type."""
+
     def call(typingctx, x):
         def codegen(context, builder, signature, args):
             kind = context.get_value_type(x)
-            function = builder.module.declare_intrinsic(f"llvm.{name}", [kind], ir.FunctionType(kind, [kind]))
-            return builder.call(function, args)
+            name, letter = ("f32", "f") if x == types.float32 else ("f64", "d")
+            text, constraint = f"cvt.{direction}.{name}.{name} $0, $1;", f"={letter},{letter}"
+            return builder.call(ir.InlineAsm(ir.FunctionType(kind, [kind]), text, constraint, side_effect=False), args)
 
         return x(x), codegen
 
     return intrinsic(call)
 
 
-floor, ceil, trunc, round_even = (_llvm(name) for name in ("floor", "ceil", "trunc", "rint"))
+floor, ceil, trunc, round_even = (_rounded(direction) for direction in ("rmi", "rpi", "rzi", "rni"))
 
 
 @device
