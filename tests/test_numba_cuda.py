@@ -340,6 +340,14 @@ def test_captured_gradients_with_the_same_bits_are_refused():
     problem, tensors = prepare(x, x, x, lambda s, b, h, i, j: s * gain, deterministic=True)
     with pytest.raises(Unsupported, match="atomics"):
         attend(BACKEND, problem, tensors)
+    assert "atomics" in " ".join(numba_cuda.notes(problem)) and numba_cuda.notes(prepare(x, x, x)[0]) == []
+
+
+def test_signs_that_are_only_noted_count():
+    query, key = (torch.randn(1, 1, 9, 16, dtype=torch.complex64)[..., ::2].conj().imag for _ in range(2))
+    assert query.is_neg() and not query.is_contiguous()
+    output = attend(BACKEND, *prepare(query, key, key))
+    torch.testing.assert_close(output.out, einsum(query, key, key).out)
 
 
 def test_tiles_fit_the_chip():

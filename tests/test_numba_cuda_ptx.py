@@ -199,7 +199,7 @@ def test_every_operation_compiles(listing):
 SAMPLES = {
     "float": [[0.3, -0.7, 0.95, -0.2, 0.5, 0.1, -0.85, 0.8, -0.4], [0.6, 0.7, -0.3, 0.4, -0.2, 0.9, 0.5, -0.1, 0.25]],
     "int": [[7, -7, 5, -5, 0, 9, -9, 1, 3], [2, 2, -2, -2, 3, 4, 4, 1, 3]],
-    "bool": [[True, False, True, False, True, True, False, False, True], [True, True, False, False, True, False, True, False, True]],
+    "bool": [[x == "1" for x in "101011001"], [x == "1" for x in "110010101"]],
 }
 # where a function is defined, if not between -1 and 1
 MOVED = {"log": 2.0, "log2": 2.0, "sqrt": 2.0, "rsqrt": 2.0, "acosh": 3.0, "pow": 2.0}

@@ -58,6 +58,13 @@ def _limits(problem: Problem) -> list[str]:
     return reasons
 
 
+def notes(problem: Problem) -> list[str]:
+    """How a problem is run, where that is not to be expected."""
+    if any(c.needs_grad for c in problem.captures):
+        return ["gradients of captured tensors are added up with atomics: a second call may give other last bits"]
+    return []
+
+
 def forward(problem: Problem, tensors: Tensors) -> Output:
     """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type."""
     from flexref.backends.numba_cuda import device, launch

@@ -31,10 +31,13 @@ def bits_of(dtype: torch.dtype) -> torch.dtype:
     return _BITS.get(dtype, dtype)
 
 
+def plain(x: Tensor) -> Tensor:
+    """`x` as its memory says: PyTorch keeps the sign of some views, such as x.conj().imag, as a mere note."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
 def flat(x: Tensor) -> Tensor:
     """The memory of `x` from its first element to its last, as one dimension; a zero if it has none."""
-    if x.is_neg():
-        x = x.resolve_neg()
     if x.numel() == 0:
         return torch.zeros(1, dtype=bits_of(x.dtype), device=x.device)
     size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))

@@ -56,11 +56,10 @@ class Gpu:
     def run(self, source: str, name: str, grid: int, geometry: Geometry, shared: int, arguments: list) -> None:
         core = _core()
         like = next(x for x in arguments if isinstance(x, Tensor))
-        given = [x.resolve_neg() if isinstance(x, Tensor) and x.is_neg() else x for x in arguments]
         with torch.cuda.device(like.device):
-            kernel = _kernel(source, name, tuple(map(kind_of, given)), geometry.threads, shared, like.device.index or 0)
+            kernel = _kernel(source, name, tuple(map(kind_of, arguments)), geometry.threads, shared, like.device.index or 0)
             stream = core.Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
-            core.launch(stream, _configuration(grid, geometry.threads, shared), kernel, *packed(given))
+            core.launch(stream, _configuration(grid, geometry.threads, shared), kernel, *packed(arguments))
 
 
 @lru_cache(maxsize=1024)

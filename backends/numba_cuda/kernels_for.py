@@ -245,10 +245,12 @@ class _Holes:
 
 def _same_for_a_head(graph: Graph, at: int) -> bool:
     """Whether a load reads the same element wherever in a tile it is, so that a thread can add up what it gets."""
-    todo, seen = list(graph.nodes[at].args), set()
+    todo, visited, inputs = list(graph.nodes[at].args), set(), set()
     while todo:
-        node = graph.nodes[todo.pop()]
-        if node.op == "input":
-            seen.add(str(node.attr))
-        todo += node.args
-    return seen <= {"b", "h"}
+        position = todo.pop()
+        node = graph.nodes[position]
+        if position not in visited:
+            visited.add(position)
+            todo += node.args
+            inputs |= {str(node.attr)} if node.op == "input" else set()
+    return inputs <= {"b", "h"}

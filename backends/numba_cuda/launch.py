@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flexref.backends.numba_cuda.call import Call
-from flexref.backends.numba_cuda.device import Device
+from flexref.backends.numba_cuda.device import Device, plain
 from flexref.backends.numba_cuda.geometry import rounds
 from flexref.backends.numba_cuda.kernels_for import gathered
 from flexref.problem import Gradients, Output, Problem, Tensors
@@ -15,6 +16,7 @@ from flexref.problem import Gradients, Output, Problem, Tensors
 
 def forward(problem: Problem, tensors: Tensors, device: Device) -> Output:
     """out (B, Hq, L, Ev), lse and max_scores (B, Hq, L). Raises IndexError for a captured index out of range."""
+    tensors = _plain(tensors)
     shape = (problem.batch, problem.q_heads, problem.q_len)
     out = ordered_empty(tensors.query, (*shape, problem.value_dim))
     lse, *more = (_empty(problem, tensors, shape) for _ in range(4))
@@ -46,6 +48,8 @@ def backward(
     problem: Problem, tensors: Tensors, output: Output, grad_out: Tensor, grad_lse: Tensor | None, device: Device
 ) -> Gradients:
     """A gradient, in its tensor's dtype and stride order, for each input that needs one."""
+    tensors, grad_out = _plain(tensors), plain(grad_out)
+    grad_lse = None if grad_lse is None else plain(grad_lse).contiguous()
     inputs = (tensors.query, tensors.key, tensors.value)
     pairs = zip(inputs, problem.needs_grad, strict=True)
     found = [ordered_empty(x, x.shape) if need else None for x, need in pairs]
@@ -71,7 +75,7 @@ def _run_backward(problem, tensors, output, grad_out, grad_lse, found, sums, dev
     call = Call(problem, tensors, device, "backward_query", operands)
     call.place("O", output.out)
     call.place("G", grad_out)
-    given = deltas if grad_lse is None else grad_lse.contiguous()
+    given = deltas if grad_lse is None else grad_lse
     call.run_rows("delta", [output.out, grad_out, given, deltas], lse_grad=grad_lse is not None)
     d_query, d_key, d_value = found
     if d_query is not None or sums:
@@ -92,6 +96,14 @@ def _run_backward(problem, tensors, output, grad_out, grad_lse, found, sums, dev
         for needs in rounds(problem, call.geometry):
             call.run(call.column_tasks(), arguments, needs=needs)
         call.raise_errors()
+
+
+def _plain(tensors: Tensors) -> Tensors:
+    """What a call brings, without signs that are only noted."""
+    if not any(x.is_neg() for x in (tensors.query, tensors.key, tensors.value, *tensors.captured)):
+        return tensors
+    query, key, value = map(plain, (tensors.query, tensors.key, tensors.value))
+    return replace(tensors, query=query, key=key, value=value, captured=tuple(map(plain, tensors.captured)))
 
 
 def _empty(problem: Problem, tensors: Tensors, shape) -> Tensor:
