@@ -80,3 +80,16 @@ class NumbaCudaEmitter(Emitter):
 def dims_start(captures: tuple[Capture, ...], buffer: int) -> int:
     """Where the strides and sizes of this captured tensor begin among those of all: one pair for each dimension."""
     return sum(2 * len(c.shape) for c in captures[:buffer])
+
+
+def same_for_a_head(graph: Graph, at: int) -> bool:
+    """Whether a load reads the same element wherever in a tile it is, so that a thread can add up what it gets."""
+    todo, visited, inputs = list(graph.nodes[at].args), set(), set()
+    while todo:
+        position = todo.pop()
+        node = graph.nodes[position]
+        if position not in visited:
+            visited.add(position)
+            todo += node.args
+            inputs |= {str(node.attr)} if node.op == "input" else set()
+    return inputs <= {"b", "h"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flexref.backends.numba_cuda.emitter import NumbaCudaEmitter, dims_start
+from flexref.backends.numba_cuda.emitter import NumbaCudaEmitter, dims_start, same_for_a_head
 from flexref.backends.numba_cuda.geometry import HALVES, Geometry, shared_of
 from flexref.backends.numba_cuda.kernels.layout import PLACE
 from flexref.backends.numba_cuda.unroll import expand
@@ -172,7 +172,7 @@ class _Holes:
             wanted = tuple(i for i in loads if int(problem.score.nodes[i].attr) in self.gathered)  # type: ignore[arg-type]
             self.derivative = derive(problem.score, wanted)
             outputs = [int(name.removeprefix("load")) for name, _ in self.derivative.outputs if name != "score"]
-            self.parts = [at for at in outputs if _same_for_a_head(self.derivative, at)]
+            self.parts = [at for at in outputs if same_for_a_head(self.derivative, at)]
 
     def emit(self, graph: Graph, prefix: str) -> tuple[list[str], dict[str, str]]:
         shapes = [c.shape for c in self.problem.captures]
@@ -241,16 +241,3 @@ class _Holes:
             "score_call": [f"x = score_mod(x, {where}, allowed, {common})"] * has_score,
             "grad_call": [grad, *sums], "shared_sums": sums_at_last and ["if thread % LANES == 0:", *sums_at_last],
         }  # fmt: skip
-
-
-def _same_for_a_head(graph: Graph, at: int) -> bool:
-    """Whether a load reads the same element wherever in a tile it is, so that a thread can add up what it gets."""
-    todo, visited, inputs = list(graph.nodes[at].args), set(), set()
-    while todo:
-        position = todo.pop()
-        node = graph.nodes[position]
-        if position not in visited:
-            visited.add(position)
-            todo += node.args
-            inputs |= {str(node.attr)} if node.op == "input" else set()
-    return inputs <= {"b", "h"}

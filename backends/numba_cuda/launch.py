@@ -19,9 +19,9 @@ def forward(problem: Problem, tensors: Tensors, device: Device) -> Output:
     tensors = _plain(tensors)
     shape = (problem.batch, problem.q_heads, problem.q_len)
     out = ordered_empty(tensors.query, (*shape, problem.value_dim))
-    lse, *more = (_empty(problem, tensors, shape) for _ in range(4))
-    max_scores = more[0] if problem.need_max_scores else None
-    saved = tuple(more[1:]) if problem.needs_backward else ()
+    lse = _empty(problem, tensors, shape)
+    max_scores = torch.empty_like(lse) if problem.need_max_scores else None
+    saved = (torch.empty_like(lse), torch.empty_like(lse)) if problem.needs_backward else ()
     if out.numel() == 0 or problem.kv_len == 0:
         out.zero_()
         for x in (lse, max_scores, *saved):
@@ -30,7 +30,8 @@ def forward(problem: Problem, tensors: Tensors, device: Device) -> Output:
         return Output(out, lse, max_scores, saved)
     call = Call(problem, tensors, device, "forward", [tensors.query, tensors.key, tensors.value])
     call.place("O", out)
-    results = [out, lse, *more]
+    # what is not asked for is not written, so any tensor may stand in its place
+    results = [out, lse, lse if max_scores is None else max_scores, *(saved or (lse, lse))]
     splits = call.splits()
     parts = lse
     if splits > 1:
