@@ -34,7 +34,8 @@ BACKWARD = ("backward_kv", "backward_q")
 def text_of(kernel: str, problem: Problem, near: frozenset[int], wide: bool, checks: bool, emulated: bool) -> str:
     """The source of `kernel` with everything that it calls.
 
-    `near`: the captured tensors that 32 bits can index; `wide`: query, key or value need 64; `checks`: unproved reads are checked (R13).
+    `near`: the captured tensors that 32 bits can index; `wide`: query, key or value need 64; `checks`: unproved reads
+    are checked (R13).
     """
     backward = kernel in BACKWARD
     scatters = kernel == "backward_kv"
