@@ -13,7 +13,7 @@ class Emulated:
     """A backend for tensors of the CPU; `reach`: longer sequences take too long."""
 
     name, rank, options = numba_cuda.name, numba_cuda.rank, numba_cuda.options
-    how, reach = "simulated", 32
+    how, reach = "simulated", 48
 
     def __repr__(self) -> str:
         return f"{self.name} ({self.how})"
