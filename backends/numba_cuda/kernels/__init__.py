@@ -1,0 +1,1 @@
+"""Kernel sources, and what they call."""
