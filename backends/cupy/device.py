@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import threading
 from functools import cache, lru_cache
+from typing import Any
 
-import cupy
 import numpy as np
 import torch
 
@@ -13,6 +14,8 @@ from flexref.backends.cupy import cache as files
 from flexref.backends.cupy import nvrtc
 from flexref.backends.cupy.plan import THREADS
 
+# by name, for this folder is called the same
+cupy: Any = importlib.import_module("cupy")
 # more dynamic shared memory than this has to be asked for
 _SHARED_BY_DEFAULT = 48 * 1024
 
@@ -48,7 +51,7 @@ class Machine:
 class _Kernel:
     """A loaded kernel. A launch waits for nothing: parameters are copied by the driver before it returns."""
 
-    def __init__(self, index: int, kernel: cupy.RawKernel):
+    def __init__(self, index: int, kernel: Any):
         self.index, self.kernel = index, kernel
         with cupy.cuda.Device(index):
             self.function = kernel.kernel
