@@ -193,7 +193,8 @@ def _check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None
         if have not in (1, want):
             what = "batch" if name == "B" else "number of query heads"
             raise ValueError(f"block_mask has {name}={have}; it must be 1 or query's {what} {want}.")
-    if torch.device(block_mask.device).type != query.device.type:
+    device = torch.device(block_mask.device)
+    if device.type != query.device.type or (device.index or 0) != (query.device.index or 0):
         raise ValueError(
             f"block_mask is on {block_mask.device} but query is on {query.device}; use block_mask.to({str(query.device)!r})."
         )

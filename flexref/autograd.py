@@ -20,7 +20,7 @@ def attend(backend: Backend, problem: Problem, tensors: Tensors) -> Output:
 
     Raises Unsupported, with every reason, if the backend cannot run this problem.
     """
-    reasons = _accepted.get((backend.name, problem), lambda: tuple(backend.unsupported(problem)))
+    reasons = _accepted.get((backend, problem), lambda: tuple(backend.unsupported(problem)))
     if reasons:
         raise Unsupported(
             f"backend {backend.name!r} cannot run this problem: {'; '.join(reasons)}.",

@@ -9,17 +9,32 @@ from flexref.problem import Problem, Tensors
 from flexref.program.interpret import dtype_of, evaluate
 from flexref.program.ir import INDICES, Graph, Node
 
+# how many positions are looked at together: bounds the memory
+_POSITIONS = 1 << 24
+
 
 def named_index_error(problem: Problem, tensors: Tensors) -> IndexError | None:
     """The error for the first load that reads past its tensor at a position that concerns its mod; None if none does."""
-    shape = (problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
+    rows = max(1, _POSITIONS // max(1, problem.batch * problem.q_heads * problem.kv_len))
+    for first in range(0, problem.q_len, rows):
+        found = _errors_of(problem, tensors, first, min(first + rows, problem.q_len))
+        if found:
+            return found[0]
+    return None
+
+
+def _errors_of(problem: Problem, tensors: Tensors, first: int, last: int) -> list[IndexError]:
+    """The errors at the query positions from `first` to `last`."""
+    shape = (problem.batch, problem.q_heads, last - first, problem.kv_len)
     device = tensors.query.device
     axes = [torch.arange(n, device=device) for n in shape]
+    axes[2] += first
     inputs: dict[str, Tensor] = dict(zip(INDICES, torch.meshgrid(*axes, indexing="ij"), strict=True))
     inputs["score"] = torch.zeros(shape, dtype=problem.acc_dtype, device=device)
     yes = torch.ones(shape, dtype=torch.bool, device=device)
-    listed, full = (yes, ~yes) if tensors.block_mask is None else tensors.block_mask.listed()
-    listed, full = listed.expand(shape), full.expand(shape)
+    listed, full = yes, ~yes
+    if tensors.block_mask is not None:
+        listed, full = (x[:, :, first:last].expand(shape) for x in tensors.block_mask.listed())
     found: list[IndexError] = []
     allowed = listed
     if problem.mask is not None:
@@ -27,7 +42,7 @@ def named_index_error(problem: Problem, tensors: Tensors) -> IndexError | None:
         allowed = listed & (full | result.expand(shape))
     if problem.score is not None:
         _checked(problem.score, problem, tensors, inputs, allowed, found)
-    return found[0] if found else None
+    return found
 
 
 def _checked(graph: Graph, problem: Problem, tensors: Tensors, inputs, concerned: Tensor, found: list) -> Tensor:

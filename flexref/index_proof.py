@@ -7,6 +7,7 @@ index that comes out of it. What stays open after that is checked by the kernel.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flexref.problem import Problem, Tensors
@@ -49,7 +50,9 @@ def _bounds_of(tensor: Tensor) -> tuple[float, float]:
 
 
 def _read_bounds(tensor: Tensor) -> tuple[float, float]:
-    low, high = tensor.detach().aminmax()
+    if tensor.dtype == torch.uint64:
+        return 0.0, _INF
+    low, high = tensor.detach().to(torch.int64).aminmax()
     return float(low), float(high)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexref.arguments import prepare
+from flexref.index_error import named_index_error
 from flexref.index_proof import proved_in_range
 
 SIZE = 12
@@ -60,3 +61,28 @@ def test_a_mask_and_what_reads_nothing():
         proved(mask_mod=lambda b, h, q, k: flag[k + 1])
     assert proved(lambda s, b, h, q, k: s + table[(s * 100).to(torch.int64)], q_len=0)
     assert not proved(lambda s, b, h, q, k: s + table[(s * 100).to(torch.int64)])
+
+
+def test_unsigned_indices():
+    for dtype in (torch.uint8, torch.uint16, torch.uint32):
+        assert proved_in_range(*_with(torch.full((SIZE,), 4, dtype=dtype)))
+        assert not proved_in_range(*_with(torch.full((SIZE,), 5, dtype=dtype)))
+
+
+def _with(pick):
+    x = torch.ones(1, 2, SIZE, 4)
+    return prepare(x, x, x, lambda s, b, h, q, k: s + table[pick[k].to(torch.int64)])
+
+
+def test_a_long_search_for_the_bad_read_goes_row_by_row(monkeypatch):
+    monkeypatch.setattr("flexref.index_error._POSITIONS", 7)
+    pick = torch.zeros(SIZE, dtype=torch.int64)
+    x = torch.ones(1, 2, SIZE, 4)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + table[pick[kv_idx] + q_idx - 7]
+
+    error = named_index_error(*prepare(x, x, x, mod, mask_mod=lambda b, h, q, k: q >= 2))
+    assert error is None
+    error = named_index_error(*prepare(x, x, x, mod, mask_mod=lambda b, h, q, k: q >= 0))
+    assert "table of shape (5,) is indexed with -7" in str(error)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from triton_faults import FAULTS, PLAIN
 
-from flexref import create_block_mask, explain, flex_attention
+from flexref import BlockMask, create_block_mask, explain, flex_attention
 from flexref.arguments import prepare
+from flexref.autograd import attend
 from flexref.backends import triton as engine
 from flexref.backends.triton import kernels_for, launch, tiles, tune
-from flexref.backends.triton.call import Call
+from flexref.backends.triton.call import Call, _is_wide, block_sides
 from flexref.backends.triton.emitter import TritonEmitter, depends, scatter_lines
 from flexref.conformance.cases import Blocks, Case
 from flexref.conformance.checks import check_case
@@ -66,7 +67,7 @@ def test_it_is_never_chosen_without_a_gpu():
         ({"kv_tile": 8}, "kv_tile must be a power of 2"),
         ({"num_warps": 3}, "num_warps must be 1, 2, 4, 8 or 16"),
         ({"num_stages": 0}, "num_stages must be an int from 1 to 8"),
-        ({"splits": 0}, "splits must be a positive int"),
+        ({"splits": 0}, "splits must be an int from 1 to 65535"),
         ({"precision": "fast"}, "precision must be one of ieee, tf32x3, tf32"),
         ({"backward": "three"}, "backward must be one of two_passes, five_products"),
         ({"tma": 1}, "tma must be one of True, False"),
@@ -268,6 +269,116 @@ def test_a_read_is_checked_only_where_nothing_proves_it():
     run(query, key, value, lambda s, b, h, q, k: s + edge[k + 1], mask_mod=lambda b, h, q, k: k < 89)
 
 
+def test_a_careful_launch_that_does_not_fit_adds_nothing_twice(monkeypatch):
+    class OutOfResources(Exception):
+        pass
+
+    original, tries = Call.twice, []
+
+    def twice(self, function, grid, arguments):
+        class Once:
+            def __getitem__(self, grid):
+                def launch(**named):
+                    tries.append((named["BLOCK_N"], named["CAREFUL"]))
+                    if named["CAREFUL"] and len(tries) == 1:
+                        raise OutOfResources
+                    function[grid](**named)
+
+                return launch
+
+        original(self, Once(), grid, arguments)
+
+    monkeypatch.setattr(Call, "twice", twice)
+    case = Case(q_len=40, kv_len=70, score="score * gain", wants=ALL)
+    check_case(_With({"backward": "five_products", "q_tile": 32}), case)
+    assert tries[:2] == [(64, True), (32, True)], "the first launch of a tile is one that adds nothing"
+
+
+def test_strides_that_32_bits_cannot_say(monkeypatch):
+    far = torch.empty_strided((1, 1, 80, 16), (0, 0, 2**26, 1), device="meta")
+    assert _is_wide(far) and _is_wide(far.transpose(2, 3)) and not _is_wide(qkv()[0])
+    monkeypatch.setattr("flexref.backends.triton.call._is_wide", lambda x: True)
+    check_case(emulated, Case(q_len=40, kv_len=70, kv_heads=2, mask="q_idx >= kv_idx", values="holes", wants=ALL))
+
+
+def test_a_score_of_minus_infinity_without_any_mask_is_masked():
+    query, key, value = (x.requires_grad_() for x in qkv(q_len=20, kv_len=33, dim=8))
+    with torch.no_grad():
+        query[..., 0].abs_()
+        key[0, 0, 3, 0], value[0, 0, 3] = -math.inf, math.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        out = attend(emulated, *prepare(*leaves)).out
+        gradients = torch.autograd.grad(out.float().sum(), leaves)
+        assert out.isfinite().all() and all(g.isfinite().all() for g in gradients)
+
+
+def test_a_gradient_of_lse_with_the_negative_bit():
+    query, key, value = qkv(q_len=1, kv_len=5, dim=8, heads=1)
+    query.requires_grad_()
+    negative = torch.randn(1, 1, 1, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    lse = attend(emulated, *prepare(query, key, value)).lse
+    (got,) = torch.autograd.grad(lse, query, negative)
+    lse = attend(emulated, *prepare(query, key, value)).lse
+    (wanted,) = torch.autograd.grad(lse, query, negative.resolve_neg())
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("scale", [1e-46, 1e-38, 0.0, -0.25])
+def test_scales_that_do_not_fold(scale):
+    query, key, value = qkv(dtype=torch.bfloat16)
+    output = run(query, key, value, scale=scale)
+    wanted = einsum(query.double(), key.double(), value.double(), scale=scale)
+    torch.testing.assert_close(output.lse, wanted.lse.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_great_products_of_bfloat16_keep_their_rows():
+    # the exponents are over 2^30, where a float32 cannot tell 64 from its neighbour
+    query, key, value = qkv(dtype=torch.bfloat16)
+    query, key = query * 2e5, key * 2e5
+    output = run(query, key, value)
+    wanted = einsum(query.double(), key.double(), value.double())
+    assert output.out.isfinite().all() and output.lse.isfinite().all()
+    torch.testing.assert_close(output.lse, wanted.lse.float(), rtol=1e-5, atol=0)
+
+
+def test_an_empty_captured_tensor_gets_an_empty_gradient():
+    table = torch.zeros(0, requires_grad=True)
+    nothing = BlockMask.from_kv_blocks(
+        torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32), BLOCK_SIZE=128,
+        mask_mod=lambda b, h, q, k: q < 0, seq_lengths=(70, 90),
+    )  # fmt: skip
+    out = attend(emulated, *prepare(*qkv(), lambda s, b, h, q, k: s + table[k], nothing)).out
+    (gradient,) = torch.autograd.grad(out.sum(), table)
+    assert gradient.shape == (0,) and not out.any()
+
+
+def test_a_block_longer_than_the_length_is_not_walked_to_its_end():
+    query, key, value = qkv(q_len=32, kv_len=40)
+    whole = create_block_mask(causal, None, None, 32, 40, device="cpu", BLOCK_SIZE=1 << 30)
+    problem, tensors = prepare(query, key, value, block_mask=whole)
+    assert block_sides(problem) == (1024, 1024)
+    torch.testing.assert_close(
+        emulated.forward(problem, tensors).out,
+        einsum(query.double(), key.double(), value.double(), mask_mod=causal).out.float(), rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_the_least_captured_int_is_itself():
+    least = -(2**63)
+    query, key, value = qkv()
+    output = run(query, key, value, lambda s, b, h, q, k: torch.where(k > least, s, -math.inf))
+    assert torch.equal(output.lse, run(query, key, value, lambda s, b, h, q, k: s * 1.0).lse)
+
+
+def test_delta_and_splits_fit_a_grid():
+    problem, _ = prepare(*qkv(), options={"splits": 65536})
+    assert any("65535" in reason for reason in emulated.unsupported(problem))
+    case = Case(q_len=2, kv_len=3, batch=3, kv_heads=5, group=2, wants=ALL)
+    check_case(emulated, case)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_fails_the_suite(fault, monkeypatch):
     file, old, new, changes = FAULTS[fault]
@@ -346,7 +457,7 @@ def _scores_of(graph, tensors):
     captures = tuple(Capture(f"x{i}", t.dtype, tuple(t.shape)) for i, t in enumerate(tensors))
     problem = replace(problem, score=graph, captures=captures)
     call = Call(problem, replace(given, captured=tuple(tensors)))
-    text = kernels_for.text_of("forward", problem, call.near, False, True)
+    text = kernels_for.text_of("forward", problem, call.near, False, False, True)
     names = [line.removesuffix(",") for line in kernels_for.argument_lists(problem, False)["arguments"]]
     probe = f"""
 
@@ -383,7 +494,7 @@ def test_what_an_index_does_not_depend_on_is_summed_up_first():
         lines = scatter_lines(derivative, position, "x", "d", captures)
         assert lines[-1].startswith("tl.atomic_add(a0 + (") and len(lines) == 2 + bool(reductions)
         assert not reductions or reductions.format(position) in lines[1]
-    assert depends(derivative, position) >= {"score"}
+    assert depends(derivative)[position] >= {"score"}
 
 
 def test_every_operation_is_spelled_in_every_type():

@@ -14,6 +14,7 @@ from flexref.problem import Gradients, Output, Problem, Tensors
 name = "triton"
 rank = 40
 OLDEST = (8, 0)
+LONGEST = 1 << 30
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 FORMS = ("two_passes", "five_products")
 options = {
@@ -52,8 +53,10 @@ def unsupported_anywhere(problem: Problem) -> list[str]:
         if value not in known or isinstance(value, bool) != isinstance(known[0], bool):
             reasons.append(f"option {option} must be one of {', '.join(map(str, known))}, got {value!r}")
     splits = chosen.get("splits", 1)
-    if isinstance(splits, bool) or not isinstance(splits, int) or splits < 1:
-        reasons.append(f"option splits must be a positive int, got {splits!r}")
+    if isinstance(splits, bool) or not isinstance(splits, int) or not 1 <= splits < 65536:
+        reasons.append(f"option splits must be an int from 1 to 65535, got {splits!r}")
+    if max(problem.q_len, problem.kv_len) >= LONGEST:
+        reasons.append(f"lengths {problem.q_len} and {problem.kv_len} must be less than {LONGEST}")
     if problem.deterministic and any(capture.needs_grad for capture in problem.captures):
         names = ", ".join(capture.name for capture in problem.captures if capture.needs_grad)
         reasons.append(f"the gradients of captured tensors ({names}) are added up atomically, in no fixed order")

@@ -17,16 +17,23 @@ from flexref.index_proof import proved_in_range
 from flexref.problem import Problem, Tensors
 
 _REACH = 2**31 - 1
+# no tile has more rows
+_TALLEST = 256
+# blocks up to this are walked to their end, so that a length makes no build of its own
+_LONG_BLOCK = 1024
 # what K and V of the heads that run beside one another may take of the second-level cache, as in FlashAttention-3
 _SECTION_BYTES = 32 << 20
 # the tile that a kernel ended with after one did not fit, by what decides the size
 _fitted: dict[tuple, Tile] = {}
+# the functions and tiles whose careful launch is known to fit
+_carefully: set[tuple] = set()
 
 
 class Call:
     """One call's arguments that forward and backward share. On CPU tensors it is the interpreter's."""
 
-    def __init__(self, problem: Problem, tensors: Tensors):
+    def __init__(self, problem: Problem, tensors: Tensors, *more: Tensor):
+        """`more`: what else is read by rows, such as grad_out."""
         self.problem, self.tensors = problem, tensors
         self.device = tensors.query.device
         self.emulated = self.device.type == "cpu"
@@ -34,12 +41,13 @@ class Call:
         self.options = dict(problem.options)
         self.captured = [_readable(t, self.device) for t in tensors.captured]
         self.near = frozenset(i for i, t in enumerate(self.captured) if _extent(t) <= _REACH)
+        self.wide = any(_is_wide(x) for x in (tensors.query, tensors.key, tensors.value, *more))
         self.checks = kernels_for.needs_proof(problem) and not proved_in_range(problem, tensors)
         self.errors = torch.zeros(1, dtype=torch.int32, device=self.device) if self.checks else None
 
     def function(self, kernel: str) -> Any:
         """The compiled-when-called function of a kernel."""
-        text = kernels_for.text_of(kernel, self.problem, self.near, self.checks, self.emulated)
+        text = kernels_for.text_of(kernel, self.problem, self.near, self.wide, self.checks, self.emulated)
         return getattr(kernels_for.module_of(text, self.emulated), kernel)
 
     def mods(self) -> dict[str, Any]:
@@ -51,7 +59,7 @@ class Call:
             if name[0] != "c":
                 value = self.tensors.scalars[int(number)]
                 # a float that is no 64-bit int is never read as one
-                found[name] = float(value) if name[0] == "f" else int(value) if abs(value) < 2**63 else 0
+                found[name] = float(value) if name[0] == "f" else int(value) if -(2**63) <= value < 2**63 else 0
                 continue
             tensor = self.captured[int(number)]
             sizes = self.problem.captures[int(number)].shape
@@ -94,16 +102,17 @@ class Call:
 
     def folds(self) -> bool:
         """Whether scale and log2(e) may be one factor: there is no score_mod, and the greatest product stays greatest."""
-        return self.problem.score is None and self.tensors.scale > 0
+        return self.problem.score is None and 1e-30 < self.tensors.scale < 1e30
 
-    def subtracts(self) -> bool:
-        """Whether row_max is taken off before the scale: bfloat16 can hold what a rounded product leaves over."""
-        return not self.folds() or self.problem.dtype != torch.bfloat16
+    def fuses(self) -> bool:
+        """Whether row_max is kept times that factor: bfloat16 can hold what its rounding leaves over in every weight."""
+        return self.folds() and self.problem.dtype == torch.bfloat16
 
     def run(self, kernel: str, launch: Callable[[Any, Tile], None]) -> None:
         """`launch(function, tile)` with the first tile that fits."""
-        key = fit_key(kernel, self.problem, self.device)
-        tile = _fitted.get(key) or tile_for(kernel, self.problem, self.capability)
+        tile = tile_for(kernel, self.problem, self.capability)
+        key = fit_key(kernel, self.problem, self.device, tile)
+        tile = _fitted.get(key) or tile
         function = self.function("forward" if kernel == "decode" else kernel)
         with nullcontext() if self.emulated else torch.cuda.device(self.device):
             while True:
@@ -119,10 +128,14 @@ class Call:
     def twice(self, function: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         """The launch, and one that does again, with care, what did not come out finite: only a masked NaN needs it (R4)."""
         unsound = torch.zeros(math.prod(grid), dtype=torch.int32, device=self.device)
+        careful = arguments | {"num_stages": 1, "num_warps": max(8, arguments["num_warps"]), "unsound": unsound, "CAREFUL": True}
+        key = function, arguments["BLOCK_M"], arguments["BLOCK_N"]
+        if key not in _carefully:
+            # nothing is unsound yet, so this does nothing but find out whether it fits, before anything has been added up
+            function[grid](**careful)
+            _carefully.add(key)
         function[grid](**arguments, unsound=unsound, CAREFUL=False)
-        if self.problem.block_size is not None or self.problem.score is not None or not arguments["SUBTRACT"]:
-            careful = {"num_stages": 1, "num_warps": max(8, arguments["num_warps"])}
-            function[grid](**arguments | careful, unsound=unsound, CAREFUL=True)
+        function[grid](**careful)
 
     def raise_bad_reads(self) -> None:
         """IndexError if a checked read was out of range (R13); waits for the device only if there was something to check."""
@@ -130,10 +143,19 @@ class Call:
             raise named_index_error(self.problem, self.tensors) or IndexError("a captured tensor is indexed out of range.")
 
 
-def fit_key(kernel: str, problem: Problem, device: torch.device | str) -> tuple:
-    """What decides whether a tile fits."""
+def fit_key(kernel: str, problem: Problem, device: torch.device | str, first: Tile) -> tuple:
+    """What decides whether a tile fits, and which was tried first."""
     p = problem
-    return kernel, str(device), p.dtype, p.head_dim, p.value_dim, p.score, p.mask, p.block_size, p.options
+    kinds = p.dtype, p.key_dtype, p.value_dtype, *((c.dtype, c.needs_grad) for c in p.captures)
+    return kernel, str(device), first, kinds, p.head_dim, p.value_dim, p.score, p.mask, p.block_size, p.options
+
+
+def block_sides(problem: Problem) -> tuple[int, int]:
+    """The block size as kernels know it: a block that is much longer than the length is not walked to its end."""
+    assert problem.block_size is not None
+    pairs = zip(problem.block_size, (problem.q_len, problem.kv_len), strict=True)
+    q_block, kv_block = (min(block, max(_LONG_BLOCK, padded(length))) for block, length in pairs)
+    return q_block, kv_block
 
 
 def fitted_tile(key: tuple) -> Tile | None:
@@ -160,6 +182,11 @@ def _readable(x: Tensor, device: torch.device) -> Tensor:
     if x.dtype == torch.bool:
         x = x.view(torch.uint8)
     return x if x.numel() else x.new_zeros(1).expand([1] * x.dim()) if x.dim() else x
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether the rows or the columns of a tile lie further apart than 32 bits can say."""
+    return x.stride(2) * _TALLEST > _REACH or x.stride(3) * x.shape[3] > _REACH
 
 
 def _extent(x: Tensor) -> int:

@@ -142,12 +142,13 @@ class TritonEmitter(Emitter):
         return [*lines, f"{name} = {read} != 0" if str(capture.dtype) == "torch.bool" else f"{name} = {cast}"]
 
 
-def depends(graph: Graph, position: int) -> frozenset[str]:
-    """The inputs that a node's value comes from."""
-    node = graph.nodes[position]
-    if node.op == "input":
-        return frozenset({str(node.attr)})
-    return frozenset().union(*(depends(graph, arg) for arg in node.args))
+def depends(graph: Graph) -> list[frozenset[str]]:
+    """For each node, the inputs that its value comes from."""
+    found: list[frozenset[str]] = []
+    for node in graph.nodes:
+        own = frozenset({str(node.attr)}) if node.op == "input" else frozenset()
+        found.append(own.union(*(found[arg] for arg in node.args)))
+    return found
 
 
 def scatter_lines(graph: Graph, position: int, result: str, prefix: str, captures: tuple[Capture, ...]) -> list[str]:
@@ -157,7 +158,8 @@ def scatter_lines(graph: Graph, position: int, result: str, prefix: str, capture
     """
     node = graph.nodes[position]
     buffer, name = int(node.attr), f"{prefix}{position}"  # type: ignore[arg-type]
-    read = frozenset().union(*(depends(graph, arg) for arg in node.args))
+    known = depends(graph)
+    read = frozenset().union(*(known[arg] for arg in node.args))
     by_q, by_kv = bool(read & {"q_idx", "score", "grad"}), bool(read & {"kv_idx", "score", "grad"})
     lines = [f"{name}_part = tl.where(seen, tl.broadcast_to({result}, seen.shape), 0.0)"]
     if not by_q and not by_kv:

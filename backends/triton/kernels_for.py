@@ -31,16 +31,18 @@ BACKWARD = ("backward_kv", "backward_q")
 
 
 @lru_cache(maxsize=1024)
-def text_of(kernel: str, problem: Problem, near: frozenset[int], checks: bool, emulated: bool) -> str:
+def text_of(kernel: str, problem: Problem, near: frozenset[int], wide: bool, checks: bool, emulated: bool) -> str:
     """The source of `kernel` with everything that it calls.
 
-    `near`: the captured tensors that 32 bits can index; `checks`: unproved reads are checked (R13).
+    `near`: the captured tensors that 32 bits can index; `wide`: query, key or value need 64; `checks`: unproved reads
+    are checked (R13).
     """
     backward = kernel in BACKWARD
     scatters = kernel == "backward_kv"
     place = "flexref.backends.triton.interpreter" if emulated else "triton.language.extra"
     real = "float64" if problem.dtype == torch.float64 else "float32"
-    holes = {"types": [f"from {place} import libdevice", f"real = tl.constexpr(tl.{real})"]}
+    types = f"real, WIDE = tl.constexpr(tl.{real}), tl.constexpr({wide})"
+    holes = {"types": [f"from {place} import libdevice", types]}
     texts = [fill(source("parts"), holes)]
     lists = argument_lists(problem, scatters)
     if kernel in ("forward", *BACKWARD):

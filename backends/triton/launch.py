@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexref.backends.triton.call import Call, fit_key, fitted_tile, plain, processors, strides
+from flexref.backends.triton.call import Call, block_sides, fit_key, fitted_tile, plain, processors, strides
 from flexref.backends.triton.tiles import Tile, padded, tile_for
 from flexref.problem import Output, Problem, Tensors
 
@@ -115,7 +115,7 @@ def _combine(call: Call, output: Output, shares: Tensor, part: Tensor | None, sp
     rows, p = output.lse.numel(), call.problem
     arguments = _results(output) | {
         "shares": shares, "part": part, "scale": call.tensors.scale, "count": rows, "splits": splits,
-        "BLOCK_M": 8, "VALUE_DIM": p.value_dim, "VALUE_COLUMNS": padded(p.value_dim), "FOLD": call.folds(),
+        "BLOCK_M": 8, "VALUE_DIM": p.value_dim, "VALUE_COLUMNS": padded(p.value_dim), "FOLD": call.folds(), "FUSED": call.fuses(),
         "SAVE": bool(output.saved), "MAX_SCORES": output.max_scores is not None,
     }  # fmt: skip
     call.run("combine", lambda function, _: function[(-(-rows // 8),)](**arguments, num_warps=4))
@@ -133,7 +133,7 @@ def _arguments(call: Call, output: Output, packed: bool) -> dict[str, Any]:
         "q": q, "k": k, "v": v, **strides(q, "q"), **strides(k, "k"), **strides(v, "v"), **_results(output),
         **call.walk(by_column=False, packed=packed), **call.mods(), **call.sizes(),
         "errors": call.errors, "scale": tensors.scale, "kv_batch": p.kv_batch, "q_heads": p.q_heads, "kv_heads": p.kv_heads,
-        "group": p.group, "q_len": p.q_len, "kv_len": p.kv_len, "FOLD": call.folds(), "SUBTRACT": call.subtracts(),
+        "group": p.group, "q_len": p.q_len, "kv_len": p.kv_len, "FOLD": call.folds(), "FUSED": call.fuses(),
         "SAVE": bool(output.saved), "MAX_SCORES": output.max_scores is not None,
     }  # fmt: skip
 
@@ -145,7 +145,7 @@ def _q_block(problem: Problem) -> int:
 def _tile(call: Call, tile: Tile) -> dict[str, Any]:
     found = {"BLOCK_M": tile.q, "BLOCK_N": tile.kv, "num_warps": tile.warps, "num_stages": tile.stages}
     if call.problem.block_size is not None:
-        return found | dict(zip(("Q_BLOCK", "KV_BLOCK"), call.problem.block_size, strict=True))
+        return found | dict(zip(("Q_BLOCK", "KV_BLOCK"), block_sides(call.problem), strict=True))
     # without lists, every tile of keys is a block, and all queries are one
     return found | {"Q_BLOCK": 1 << 30, "KV_BLOCK": tile.kv, "columns": -(-call.problem.kv_len // tile.kv)}
 
@@ -172,11 +172,12 @@ def _describable(x: Tensor) -> bool:
 
 def notes(problem: Problem) -> list[str]:
     """The tile of each kernel, and whether it is smaller than the table's because that did not fit."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    device = _device(problem)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     lines = []
     for kernel in ("forward", *(("backward_kv", "backward_q") if problem.needs_backward else ())):
         tile = tile_for(kernel, problem, capability)
-        fitted = fitted_tile(fit_key(kernel, problem, _device(problem)))
+        fitted = fitted_tile(fit_key(kernel, problem, device, tile))
         text = f"{kernel}: tiles of {tile.q} queries by {tile.kv} keys, {tile.warps} warps, {tile.stages} stages"
         if fitted is not None:
             text += f"; did not fit into shared memory, so {fitted.q} by {fitted.kv}, {fitted.stages} stages"

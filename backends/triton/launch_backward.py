@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexref.backends.triton.call import Call, plain, processors, strides
+from flexref.backends.triton.call import Call, block_sides, plain, processors, strides
 from flexref.backends.triton.tiles import Tile, padded, tile_for
 from flexref.problem import Gradients, Output, Problem, Tensors
 
@@ -27,7 +27,7 @@ def backward(
     sums = _accumulators(problem, tensors)
     if output.lse.numel() == 0 or problem.kv_len == 0:
         return _no_gradients(problem, tensors, sums)
-    call = call or Call(problem, tensors)
+    call = call or Call(problem, tensors, grad_out)
     arguments = _arguments(call, output, plain(grad_out), grad_lse)
     five = call.options.get("backward") == "five_products" and (need_k or need_v)
     d_query = d_key = d_value = None
@@ -38,7 +38,10 @@ def backward(
     if need_q and not five:
         d_query = _by_queries(call, arguments)
     call.raise_bad_reads()
-    captured = [sums[f"a{i}"].view(c.shape).to(c.dtype) if c.needs_grad else None for i, c in enumerate(problem.captures)]
+    captured = [
+        sums[f"a{i}"][: t.numel()].view(t.shape).to(t.dtype) if c.needs_grad else None
+        for i, (c, t) in enumerate(zip(problem.captures, tensors.captured, strict=True))
+    ]
     at_home = tuple(_home(x, t) for x, t in zip(captured, tensors.captured, strict=True))
     return Gradients(None if d_query is None else d_query.to(problem.dtype), d_key, d_value, at_home)
 
@@ -54,13 +57,15 @@ def _accumulators(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
     for i, (capture, tensor) in enumerate(zip(problem.captures, tensors.captured, strict=True)):
         if capture.needs_grad:
             dtype = torch.float64 if tensor.numel() <= _FEW else problem.acc_dtype
-            found[f"a{i}"] = torch.zeros(tensor.numel(), dtype=dtype, device=tensors.query.device)
+            # never without memory: what nobody reads out of an empty tensor adds its zeros somewhere
+            found[f"a{i}"] = torch.zeros(max(1, tensor.numel()), dtype=dtype, device=tensors.query.device)
     return found
 
 
 def _no_gradients(problem: Problem, tensors: Tensors, sums: dict[str, Tensor]) -> Gradients:
     inputs = tensors.query, tensors.key, tensors.value
-    query, key, value = (torch.zeros_like(x) if need else None for x, need in zip(inputs, problem.needs_grad, strict=True))
+    needs = zip(inputs, problem.needs_grad, strict=True)
+    query, key, value = (torch.zeros_like(x) if need else None for x, need in needs)
     pairs = zip(problem.captures, tensors.captured, strict=True)
     return Gradients(query, key, value, tuple(torch.zeros_like(t) if c.needs_grad else None for c, t in pairs))
 
@@ -75,19 +80,21 @@ def _arguments(call: Call, output: Output, grad_out: Tensor, grad_lse: Tensor | 
         "delta": _delta(call, output, grad_out, grad_lse), "errors": call.errors, "scale": tensors.scale,
         **strides(q, "q"), **strides(k, "k"), **strides(v, "v"), **strides(grad_out, "g"), **call.mods(), **call.sizes(),
         "kv_batch": p.kv_batch, "q_heads": p.q_heads, "kv_heads": p.kv_heads, "group": p.group, "q_len": p.q_len,
-        "kv_len": p.kv_len, "FOLD": call.folds(), "SUBTRACT": call.subtracts(),
+        "kv_len": p.kv_len, "FOLD": call.folds(), "FUSED": call.fuses(),
     }  # fmt: skip
 
 
 def _delta(call: Call, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     p = call.problem
     result = torch.empty_like(output.lse)
+    grad_lse = None if grad_lse is None else plain(grad_lse).contiguous()
     arguments = {
-        "out": output.out.contiguous(), "grad_out": grad_out, "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
+        "out": output.out.contiguous(), "grad_out": grad_out, "grad_lse": grad_lse,
         "result": result, **strides(grad_out, "g"), "q_heads": p.q_heads, "q_len": p.q_len, "BLOCK_M": 32,
+        "count": result.numel(),
         "VALUE_DIM": p.value_dim, "VALUE_COLUMNS": padded(p.value_dim), "HAS_LSE": grad_lse is not None,
     }  # fmt: skip
-    grid = -(-p.q_len // 32), p.batch * p.q_heads
+    grid = (-(-result.numel() // 32),)
     call.run("delta", lambda function, _: function[grid](**arguments, num_warps=4))
     return result
 
@@ -150,7 +157,7 @@ def _by_keys(
 
 
 def _tile(problem: Problem, tile: Tile) -> dict[str, Any]:
-    q_block, kv_block = problem.block_size or (tile.q, tile.kv)
+    q_block, kv_block = block_sides(problem) if problem.block_size else (tile.q, tile.kv)
     sizes = {"BLOCK_M": tile.q, "BLOCK_N": tile.kv, "Q_BLOCK": q_block, "KV_BLOCK": kv_block}
     return sizes | {"num_warps": tile.warps, "num_stages": tile.stages}
 

@@ -34,7 +34,7 @@ def walk_rows(
     # hole: accumulators
     CHECKED: tl.constexpr, BLOCK_M: tl.constexpr, Q_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, ATOMIC_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     SCATTER: tl.constexpr,
 ):
@@ -55,7 +55,7 @@ def walk_rows(
             score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx, kv_inside[:, None] & inside[None, :], full, errors,
             # hole: arguments
             # hole: accumulators
-            CHECKED, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, SCATTER,
+            CHECKED, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, SCATTER,
         )
         if NEED_V:
             d_v = tl.dot(weights.to(g_tile.dtype), g_tile, d_v, input_precision=PRECISION, out_dtype=real)
@@ -76,7 +76,7 @@ def walk_head(
     # hole: accumulators
     BLOCK_M: tl.constexpr, Q_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, ATOMIC_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     SCATTER: tl.constexpr,
 ):
@@ -95,7 +95,7 @@ def walk_head(
         # hole: arguments
         # hole: accumulators
         False, BLOCK_M, Q_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
-        FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, ATOMIC_Q, NEED_K, NEED_V, SCATTER,
+        FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, ATOMIC_Q, NEED_K, NEED_V, SCATTER,
     )
     tail = full_count - interior
     return walk_rows(
@@ -105,7 +105,7 @@ def walk_head(
         # hole: arguments
         # hole: accumulators
         True, BLOCK_M, Q_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
-        FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, ATOMIC_Q, NEED_K, NEED_V, SCATTER,
+        FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, ATOMIC_Q, NEED_K, NEED_V, SCATTER,
     )
 
 
@@ -118,7 +118,8 @@ def walk_with_care(
     # hole: accumulators
     BLOCK_M: tl.constexpr, Q_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    FOLD: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr, CHECK_READS: tl.constexpr, PRECISION: tl.constexpr,
+    FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr, CHECK_READS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The walk for one query head and the columns `few`, in which a masked pair of rows gives exactly nothing."""
     TILES: tl.constexpr = (Q_BLOCK + BLOCK_M - 1) // BLOCK_M
@@ -143,7 +144,7 @@ def walk_with_care(
             score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx, kv_inside[:, None] & inside[None, :], full, errors,
             # hole: arguments
             # hole: accumulators
-            True, FOLD, True, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+            True, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
         )
         q_few = load_few(q_at, q0 + q_rows, few, q_row, q_column, inside, HEAD_DIM)
         g_few = load_few(g_at, q0 + q_rows, few, g_row, g_column, inside, VALUE_DIM)
@@ -163,7 +164,7 @@ def backward_kv(
     # hole: accumulators
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHUNK: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, ATOMIC_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     SCATTER: tl.constexpr, KV_TILES: tl.constexpr, ALONE: tl.constexpr, CAREFUL: tl.constexpr,
 ):
@@ -203,7 +204,7 @@ def backward_kv(
                     # hole: arguments
                     # hole: accumulators
                     BLOCK_M, Q_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
-                    FOLD, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
+                    FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
                 )
             if NEED_K:
                 put_rows(d_key, place, kv_inside, k_part * scale, column, CHUNK, HEAD_DIM)
@@ -219,7 +220,7 @@ def backward_kv(
                 # hole: arguments
                 # hole: accumulators
                 BLOCK_M, Q_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
-                FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, ATOMIC_Q, NEED_K, NEED_V, SCATTER,
+                FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, ATOMIC_Q, NEED_K, NEED_V, SCATTER,
             )
         else:
             for member in tl.range(0, members, num_stages=1):
@@ -230,7 +231,7 @@ def backward_kv(
                     # hole: arguments
                     # hole: accumulators
                     BLOCK_M, Q_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
-                    FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, ATOMIC_Q, NEED_K, NEED_V, SCATTER,
+                    FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, ATOMIC_Q, NEED_K, NEED_V, SCATTER,
                 )
         strange = any_of((d_k - d_k != 0) & kv_inside[:, None]) | any_of((d_v - d_v != 0) & kv_inside[:, None])
         tl.store(unsound + pid, strange)

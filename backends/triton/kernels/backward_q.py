@@ -22,7 +22,7 @@ def backward_q(
     # hole: parameters
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHUNK: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, Q_TILES: tl.constexpr, CAREFUL: tl.constexpr,
 ):
     if CAREFUL:
@@ -75,7 +75,7 @@ def backward_q(
                     score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx,
                     rows_inside[:, None] & inside[None, :], full, errors,
                     # hole: arguments
-                    True, FOLD, True, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+                    True, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
                 )
                 k_few = load_few(k_at, kv0 + kv_rows, few, k_row, k_column, inside, HEAD_DIM).to(q_tile.dtype)
                 part = tl.dot(grad.to(k_few.dtype), finite(k_few), part, input_precision=PRECISION, out_dtype=real)
@@ -95,7 +95,7 @@ def backward_q(
                 score, upward, top, log_sum, less, scale, b, h, q_idx, (kv0 + kv_rows)[None, :],
                 rows_inside[:, None] & inside[None, :], full, errors,
                 # hole: arguments
-                False, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+                False, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
             )
             d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
         for it in range(0, (full_count - interior + partial) * TILES):
@@ -112,7 +112,7 @@ def backward_q(
                 score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx,
                 rows_inside[:, None] & inside[None, :], full, errors,
                 # hole: arguments
-                True, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+                True, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
             )
             d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
 

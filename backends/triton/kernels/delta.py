@@ -3,20 +3,19 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=("q_heads", "q_len"))
+@triton.jit(do_not_specialize=("q_heads", "q_len", "count"))
 def delta(
-    out, grad_out, grad_lse, result, g_b, g_h, g_row, g_column, q_heads, q_len,
+    out, grad_out, grad_lse, result, g_b, g_h, g_row, g_column, q_heads, q_len, count,
     BLOCK_M: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_COLUMNS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):
-    bh = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, VALUE_COLUMNS)
-    inside = row < q_len
+    inside = at < count
     there = inside[:, None] & (columns < VALUE_DIM)[None, :]
-    at = bh.to(tl.int64) * q_len + row
+    b, h, row = at // q_len // q_heads, at // q_len % q_heads, at % q_len
     from_out = tl.load(out + at[:, None] * VALUE_DIM + columns[None, :], mask=there, other=0.0).to(real)
-    base = grad_out + (bh // q_heads).to(tl.int64) * g_b + (bh % q_heads).to(tl.int64) * g_h
-    grad = tl.load(base + row.to(tl.int64)[:, None] * g_row + columns[None, :] * g_column, mask=there, other=0.0).to(real)
+    start = b * g_b + h * g_h + row * g_row
+    grad = tl.load(grad_out + start[:, None] + step(columns, g_column)[None, :], mask=there, other=0.0).to(real)
     total = tl.sum(from_out * grad, 1)
     if HAS_LSE:
         total -= tl.load(grad_lse + at, mask=inside, other=0.0).to(real)

@@ -3,7 +3,8 @@
 Two walks: full blocks whose every position counts, with no mask and no check of bounds; then what has to be checked:
 partial blocks, and the block that the length cuts off. PACK puts the query heads of one key head into one tile, and
 SPLIT gives each program a share of the listed blocks, whose results combine.py joins: both are for decoding.
-FOLD: without a score_mod, scale and log2(e) are one factor, and row_max is that of q @ k itself.
+FOLD: without a score_mod, scale and log2(e) are one factor, and row_max is that of q @ k itself. FUSED: it is that times
+the factor, so that a weight is one multiply-add and one power of 2; what rounding leaves over is the same for all of a row.
 
 A program whose result is not finite says so in `unsound`. A second launch, CAREFUL, does those again: what is not finite
 may come from a masked key. It is a launch of its own so that the first has registers to spare.
@@ -22,7 +23,7 @@ NUMBERS = (
 def weigh(
     q_tile, k_tile, row_max, scale, b, h, q_idx, kv, kv_len, rows_inside, inside, full, errors,
     # hole: parameters
-    CHECKED: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHECKED: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The weights of a tile against the new row_max, the factor for what came before, and the positions seen."""
@@ -48,14 +49,16 @@ def weigh(
             tl.store(errors + tl.zeros_like(wrong).to(tl.int32), 1, mask=wrong)
     if CHECKED:
         score = tl.where(allowed, score, float("-inf"))
-    fresh = tl.maximum(row_max, tl.max(score, 1))
-    safe = tl.where(fresh == float("-inf"), 0.0, fresh)
     factor = scale * LOG2E if FOLD else tl.full([], LOG2E, real)
-    shrink = tl.exp2((row_max - safe) * factor)
-    if SUBTRACT:
-        weights = tl.exp2((score - safe[:, None]) * factor)
+    top = tl.max(score, 1)
+    fresh = tl.maximum(row_max, top * factor if FUSED else top)
+    safe = tl.where(fresh == float("-inf"), 0.0, fresh)
+    if FUSED:
+        shrink = tl.exp2(row_max - safe)
+        weights = tl.exp2(score * factor - safe[:, None])
     else:
-        weights = tl.exp2(score * factor - (safe * factor)[:, None])
+        shrink = tl.exp2((row_max - safe) * factor)
+        weights = tl.exp2((score - safe[:, None]) * factor)
     return weights, shrink, fresh, allowed & (score != float("-inf"))
 
 
@@ -66,7 +69,7 @@ def walk_keys(
     # hole: parameters
     CHECKED: tl.constexpr, BLOCK_N: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):
     """Adds tiles `first` to `last` of a walk to acc, row_max and row_sum."""
@@ -83,7 +86,7 @@ def walk_keys(
             q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h, q_idx, kv0 + kv_rows, kv_len, rows_inside, inside, full,
             errors,
             # hole: arguments
-            CHECKED, FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
+            CHECKED, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
         )
         v_tile = load_tile(
             v_at, v_tiles, kv_b, kv_head, kv0, kv_rows, v_row, v_column, inside, BLOCK_N, VALUE_COLUMNS, VALUE_DIM, CHECKED, TMA
@@ -118,7 +121,7 @@ def walk_with_care(
             q_tile, k_tile.to(q_tile.dtype), row_max, scale, b, h, q_idx, kv0 + kv_rows, kv_len, rows_inside, inside, full,
             errors,
             # hole: arguments
-            True, FOLD, True, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
+            True, FOLD, False, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
         )
         v_few = load_few(v_at, kv0 + kv_rows, few, v_row, v_column, inside, VALUE_DIM)
         row_sum = row_sum * shrink + tl.sum(weights, 1)
@@ -136,7 +139,7 @@ def forward(
     # hole: parameters
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHUNK: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     SAVE: tl.constexpr, MAX_SCORES: tl.constexpr, Q_TILES: tl.constexpr, CAREFUL: tl.constexpr,
 ):
@@ -168,7 +171,7 @@ def forward(
     q_columns = tl.arange(0, HEAD_COLUMNS)
     q_at = q + b.to(tl.int64) * q_b + (head.to(tl.int64) * q_h + q_rows.to(tl.int64) * q_row)[:, None]
     q_there = rows_inside[:, None] & (q_columns < HEAD_DIM)[None, :]
-    q_tile = tl.load(q_at + q_columns[None, :] * q_column, mask=q_there, other=0.0)
+    q_tile = tl.load(q_at + step(q_columns, q_column)[None, :], mask=q_there, other=0.0)
     kv_b = tl.minimum(b, kv_batch - 1)
     k_at = k + kv_b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
     v_at = v + kv_b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
@@ -193,9 +196,11 @@ def forward(
                 BLOCK_M, BLOCK_N, KV_BLOCK, LISTS, CHUNK, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS,
                 FOLD, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
             )
+            if FUSED:
+                row_max = row_max * (scale * LOG2E)
             write(
                 acc, row_max, row_sum, row, rows_inside, out, lse, max_scores, saved_max, saved_sum, row * VALUE_DIM, scale,
-                column, part, split, splits, FOLD, SPLIT, CHUNK, VALUE_DIM, SAVE, MAX_SCORES,
+                column, part, split, splits, FOLD, FUSED, SPLIT, CHUNK, VALUE_DIM, SAVE, MAX_SCORES,
             )
     else:
         acc = tl.zeros([BLOCK_M, VALUE_COLUMNS], real)
@@ -206,7 +211,7 @@ def forward(
             k_row, k_column, v_row, v_column, kv_len, errors,
             # hole: arguments
             False, BLOCK_N, KV_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
-            FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, TMA,
+            FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, TMA,
         )
         acc, row_max, row_sum = walk_keys(
             acc, row_max, row_sum, q_tile, k_at, v_at, k_tiles, v_tiles, kv_b, kv_head, scale, b, h_idx, q_idx, rows_inside,
@@ -214,12 +219,14 @@ def forward(
             indices, full_indices, k_row, k_column, v_row, v_column, kv_len, errors,
             # hole: arguments
             True, BLOCK_N, KV_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
-            FOLD, SUBTRACT, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, TMA,
+            FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION, TMA,
         )
         strange = any_of((acc - acc != 0) & rows_inside[:, None])
-        strange |= tl.max(((row_sum == 0) & (row_max != float("-inf"))).to(tl.int32), 0)
+        # a row of great numbers may lose its sum to what FUSED leaves over
+        lost = (row_sum == float("inf")) | ((row_sum < 1e-30) & (row_max != float("-inf")))
+        strange |= tl.max(lost.to(tl.int32), 0)
         tl.store(unsound + program, strange)
         write(
             acc, row_max, row_sum, row, rows_inside, out, lse, max_scores, saved_max, saved_sum, row * VALUE_DIM, scale, 0, part,
-            split, splits, FOLD, SPLIT, VALUE_COLUMNS, VALUE_DIM, SAVE, MAX_SCORES,
+            split, splits, FOLD, FUSED, SPLIT, VALUE_COLUMNS, VALUE_DIM, SAVE, MAX_SCORES,
         )

@@ -8,7 +8,7 @@ def gradients(
     score, upward, top, log_sum, delta, scale, b, h, q_idx, kv_idx, inside, full, errors,
     # hole: parameters
     # hole: accumulators
-    CHECKED: tl.constexpr, FOLD: tl.constexpr, SUBTRACT: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHECKED: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, SCATTER: tl.constexpr,
 ):
     """From q @ k (`score`) and grad_out @ v (`upward`); top, log_sum and delta are the rows', shaped for the tile."""
@@ -33,10 +33,10 @@ def gradients(
         if CHECK_READS:
             tl.store(errors + tl.zeros_like(wrong).to(tl.int32), 1, mask=wrong)
     factor = scale * LOG2E if FOLD else tl.full([], LOG2E, real)
-    if SUBTRACT:
-        weights = tl.exp2((modified - top) * factor - log_sum)
+    if FUSED:
+        weights = tl.exp2(modified * factor - top - log_sum)
     else:
-        weights = tl.exp2(modified * factor - top * factor - log_sum)
+        weights = tl.exp2((modified - top) * factor - log_sum)
     seen = allowed & (modified != float("-inf"))
     weights = tl.where(seen, weights, 0.0)
     grad = tl.where(seen, weights * (upward.to(real) - delta), 0.0)

@@ -6,9 +6,10 @@ b, h are the query's; q_idx, kv_idx have the shape (rows, 1) or (1, columns) of 
 import triton
 import triton.language as tl
 
-real = tl.constexpr(tl.float32)
+real, WIDE = tl.constexpr(tl.float32), tl.constexpr(False)
 # hole: types
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -30,10 +31,19 @@ def square_root(a):
 
 
 @triton.jit
+def step(index, stride):
+    """How far an index of a tile is from its beginning; 32 bits are enough but for the greatest strides (WIDE)."""
+    if WIDE:
+        return index.to(tl.int64) * stride
+    else:
+        return index * stride
+
+
+@triton.jit
 def load_rows(base, rows, row_step, column_step, inside, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr):
     """A tile (rows, COLUMNS) of which the first WIDTH columns are there; 0 for the others, and for rows not `inside`."""
     columns = tl.arange(0, COLUMNS)
-    at = base + rows[:, None] * row_step + columns[None, :] * column_step
+    at = base + step(rows, row_step)[:, None] + step(columns, column_step)[None, :]
     if CHECKED and WIDTH < COLUMNS:
         return tl.load(at, mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
     elif CHECKED:
@@ -48,7 +58,7 @@ def load_rows(base, rows, row_step, column_step, inside, COLUMNS: tl.constexpr, 
 def load_few(base, rows, columns, row_step, column_step, inside, WIDTH: tl.constexpr):
     """Some columns of some rows; 0 where there are none."""
     there = inside[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * row_step + columns[None, :] * column_step, mask=there, other=0.0)
+    return tl.load(base + rows.to(tl.int64)[:, None] * row_step + step(columns, column_step)[None, :], mask=there, other=0.0)
 
 
 @triton.jit
@@ -159,7 +169,7 @@ def any_of(x):
 @triton.jit
 def write(
     acc, row_max, row_sum, row, inside, out, lse, max_scores, saved_max, saved_sum, out_row, scale, column, part, split, splits,
-    FOLD: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, VALUE_DIM: tl.constexpr,
+    FOLD: tl.constexpr, FUSED: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, VALUE_DIM: tl.constexpr,
     SAVE: tl.constexpr, MAX_SCORES: tl.constexpr,
 ):
     """Columns `column` and on of out, and once the numbers of each row; or for SPLIT, the share as it is."""
@@ -175,7 +185,12 @@ def write(
         result = acc * inverse[:, None]
         tl.store(out + out_row[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=there)
         log_sum = libdevice.log(row_sum)
-        top = row_max * scale if FOLD else row_max
+        if FUSED:
+            top = row_max * LN2
+        elif FOLD:
+            top = row_max * scale
+        else:
+            top = row_max
         # a row that saw a NaN has a row_sum of NaN, whatever its greatest number is
         top = tl.where(row_sum == row_sum, top, row_sum)
         tl.store(lse + row, top + log_sum, mask=inside)
