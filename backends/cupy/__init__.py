@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -109,21 +108,43 @@ def backward(
 
 
 @lru_cache(maxsize=8)
-def emulated(machine: Any = None) -> SimpleNamespace:
+def emulated(machine: Any = None) -> Emulated:
     """The same sources compiled by g++ and run on CPU tensors, thread by thread: a backend for the conformance suite.
 
     `machine`: another one than the process's own, as tests need it.
     """
-    from flexref.backends.cupy import host, launch
+    from flexref.backends.cupy import host
 
-    def refused(problem: Problem) -> list[str]:
+    return Emulated(machine or host.machine())
+
+
+class Emulated:
+    """This backend on a machine that is no GPU."""
+
+    name, rank, options, how, reach = name, rank, options, "host build", None
+
+    def __init__(self, machine: Any):
+        self.machine = machine
+
+    def unavailable(self) -> list[str]:
+        """A C++ compiler makes the kernels."""
+        from flexref.backends.cupy import host
+
+        return host.unavailable()
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        """The same as on a GPU, but for the device."""
         reasons = [] if problem.device == "cpu" else [f"the tensors are on {problem.device}, its emulation runs on cpu"]
         return reasons + _unsupported(problem)
 
-    machine = machine or host.machine()
-    return SimpleNamespace(
-        name=name, rank=rank, options=options, how="host build", reach=None,
-        unavailable=host.unavailable, unsupported=refused,
-        forward=lambda problem, tensors: launch.forward(problem, tensors, machine),
-        backward=lambda problem, tensors, *rest: launch.backward(problem, tensors, *rest, machine=machine),
-    )  # fmt: skip
+    def forward(self, problem: Problem, tensors: Tensors) -> Output:
+        from flexref.backends.cupy import launch
+
+        return launch.forward(problem, tensors, self.machine)
+
+    def backward(
+        self, problem: Problem, tensors: Tensors, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
+        from flexref.backends.cupy import launch
+
+        return launch.backward(problem, tensors, output, grad_out, grad_lse, self.machine)

@@ -117,8 +117,9 @@ DEVICE unsigned short float_to_bfloat(float x) { return host::bfloat_of(x); }
 DEVICE unsigned float_to_half2(float low, float high) { return host::half_of(low) | (unsigned)host::half_of(high) << 16; }
 DEVICE unsigned float_to_bfloat2(float low, float high) { return host::bfloat_of(low) | (unsigned)host::bfloat_of(high) << 16; }
 
-// as far off as the instruction may be, in either direction: 2^-22 of the result
+// as far off as the instruction may be, in either direction: 2^-22 of the result; it is exact at 0
 DEVICE float power_of_2(float x) {
+    if (x == 0) return 1;
     const float y = __builtin_exp2f(x) * (host::bits_of(x) & 1 ? 1 + 0x1p-22f : 1 - 0x1p-22f);
     return y < 0x1p-126f ? 0 : y;
 }
