@@ -7,7 +7,6 @@ Shared memory is full of NaN at first, and an index of global memory that is out
 """
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -31,23 +30,20 @@ def unavailable() -> list[str]:
 
 
 def _simulating() -> bool:
-    from numba.cuda.core import config
-
-    return bool(config.ENABLE_CUDASIM)
+    return "simulator" in sys.modules["numba.cuda"].jit.__module__
 
 
 @cache
 def cuda() -> Any:
-    """The module numba.cuda, as a simulator."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "1"
+    """The module numba.cuda, as a simulator; Numba's settings are as before when it is loaded."""
+    from numba.core import config
+
+    settings: Any = config
+    before, settings.ENABLE_CUDASIM = settings.ENABLE_CUDASIM, 1
     try:
         from numba import cuda as module
     finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
+        settings.ENABLE_CUDASIM = before
     assert _simulating(), "; ".join(unavailable())
     return module
 
