@@ -462,8 +462,8 @@ class TestEmitter:
             return q * q - k < 3
 
         assert self.lines(mod, "mask") == [
-            "const long long v2 = (long long)q_idx * (long long)q_idx;",
-            "const long long v3 = (long long)v2 - (long long)kv_idx;",
+            "const long long v2 = (long long)((unsigned long long)q_idx * (unsigned long long)q_idx);",
+            "const long long v3 = (long long)((unsigned long long)v2 - (unsigned long long)kv_idx);",
             "const long long v4 = 3ll;",
             "const bool v5 = (long long)v3 < (long long)v4;",
         ]

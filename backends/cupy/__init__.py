@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexref.backends.cupy import plan
 from flexref.backends.cupy.emitter import READABLE
+from flexref.backends.cupy.kernels_for import parameter_count
 from flexref.problem import Gradients, Output, Problem, Tensors
 
 name = "cupy"
@@ -23,7 +24,8 @@ options = {
 _WIDEST = 256
 _LONGEST = 2**31 - 1
 # what a launch may pass by value, less what every launch passes
-_PARAMETER_WORDS = 400
+# 4096 bytes, before CUDA 12.1
+_PARAMETER_WORDS = 512
 
 
 def unavailable() -> list[str]:
@@ -52,9 +54,9 @@ def _unsupported(problem: Problem) -> list[str]:
         reasons.append(f"head sizes are {problem.head_dim} and {problem.value_dim}, it has tiles for at most {_WIDEST}")
     if max(problem.q_len, problem.kv_len) * problem.group > _LONGEST:
         reasons.append(f"lengths are {problem.q_len} and {problem.kv_len}, it counts positions to {_LONGEST}")
-    words = sum(1 + 2 * len(c.shape) for c in problem.captures)
+    words = parameter_count(problem)
     if words > _PARAMETER_WORDS:
-        reasons.append(f"the captured tensors need {words} words of a launch's parameters, which hold {_PARAMETER_WORDS}")
+        reasons.append(f"captured tensors and numbers make {words} words of parameters, a launch holds {_PARAMETER_WORDS}")
     unread = sorted({str(c.dtype) for c in problem.captures} - READABLE)
     if unread:
         reasons.append(f"a captured tensor is {unread[0]}, it reads {', '.join(sorted(READABLE))}")
@@ -73,9 +75,20 @@ def _wrong_options(problem: Problem) -> list[str]:
     for option, value in problem.options:
         if option in wanted and (isinstance(value, bool) or value not in wanted[option][0]):
             reasons.append(f"option {option} must be {wanted[option][1]}, got {value!r}")
-    if not reasons and not plan.fits(problem):
-        reasons.append(f"q_tile, kv_tile and stages together need more than {plan.SHARED_LIMIT} bytes of shared memory")
+    limit = _shared_limit()
+    if not reasons and max(problem.head_dim, problem.value_dim) <= _WIDEST and not plan.fits(problem, limit):
+        reasons.append(f"q_tile, kv_tile and stages, or the head sizes, need more than {limit} bytes of shared memory")
     return reasons
+
+
+@lru_cache(maxsize=1)
+def _shared_limit() -> int:
+    """What a thread block may use on the least of this machine's GPUs."""
+    if not torch.cuda.is_available():
+        return plan.SHARED_LIMIT
+    devices = range(torch.cuda.device_count())
+    found = [getattr(torch.cuda.get_device_properties(i), "shared_memory_per_block_optin", None) for i in devices]
+    return min([plan.SHARED_LIMIT, *(size for size in found if size)])
 
 
 def notes(problem: Problem) -> list[str]:

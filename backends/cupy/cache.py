@@ -19,11 +19,30 @@ def kept(name: str, make: Callable[[], bytes]) -> Path:
     path = folder() / name
     if not path.exists():
         content = make()
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            _write(path, content)
+        except OSError as error:
+            text = f"{path} cannot be written ({error}), so it is kept for this process alone."
+            warnings.warn(text, CacheWarning, stacklevel=2)
+            path = _own_folder() / name
+            _write(path, content)
+    return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         os.replace(temporary, path)
-    return path
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+@cache
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="flexref-cupy-"))
 
 
 def folder() -> Path:
@@ -51,4 +70,4 @@ def _checked_folder(name: str) -> Path:
         why = f"cannot be made ({error})"
     text = f"the cache folder {path} {why}, so kernels are not kept; set FLEXREF_CACHE to a folder of your own."
     warnings.warn(text, CacheWarning, stacklevel=3)
-    return Path(tempfile.mkdtemp(prefix="flexref-cupy-"))
+    return _own_folder()

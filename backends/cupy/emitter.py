@@ -18,6 +18,14 @@ _READS = {
     "torch.float64": "read_float<double>({0}, {1})",
 }
 READABLE = frozenset(_READS)
+# 64-bit arithmetic wraps, as PyTorch's does; signed overflow has no meaning in C++, and NVRTC makes use of that
+_WRAPPING = {
+    "add": "(long long)((unsigned long long){0} + (unsigned long long){1})",
+    "sub": "(long long)((unsigned long long){0} - (unsigned long long){1})",
+    "mul": "(long long)((unsigned long long){0} * (unsigned long long){1})",
+    "neg": "(long long)(0ull - (unsigned long long){0})",
+    "abs": "{0} < 0 ? (long long)(0ull - (unsigned long long){0}) : (long long){0}",
+}
 _BOTH_WIDTHS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 
 
@@ -40,7 +48,7 @@ class CudaEmitter(Emitter):
         "sign": {"int": "({0} > 0) - ({0} < 0)", "float": "sign_of({0})"},
         "minimum": {"int": "{0} < {1} ? {0} : {1}", "float": "smaller_or_nan({0}, {1})"},
         "maximum": {"int": "{0} > {1} ? {0} : {1}", "float": "larger_or_nan({0}, {1})"},
-        "floor_div": {"int": "floor_div({0}, {1})", "float": "MATH(floor)({0} / {1})"},
+        "floor_div": {"int": "floor_div({0}, {1})", "float": "floor_div_of({0}, {1})"},
         "trunc_div": {"int": "trunc_div({0}, {1})", "float": "MATH(trunc)({0} / {1})"},
         "remainder": {"int": "remainder_int({0}, {1})", "float": "remainder_of({0}, {1})"},
         "fmod": {"int": "fmod_int({0}, {1})", "float": _math("fmod", 2)},
@@ -129,6 +137,9 @@ class CudaEmitter(Emitter):
         else:
             # 64-bit meaning: the operation itself is done in 64 bits
             arguments = [f"(long long){x}" if i in ints else x for i, x in enumerate(names)]
+            if node.type == "int" and node.op in _WRAPPING:
+                args = [names[a] for a in node.args]
+                return [f"const long long {name} = {_WRAPPING[node.op].format(*args)};"]
         (line,) = super().statements(name, node, graph, arguments)
         kind = {"bool": "bool", "float": "real"}.get(node.type, "int" if narrow else "long long")
         value = line.partition(" = ")[2]

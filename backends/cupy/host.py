@@ -19,7 +19,7 @@ from flexref.backends.cupy.compile_error import CompileError
 from flexref.backends.cupy.kernels_for import SOURCES
 from flexref.backends.cupy.plan import SHARED_LIMIT, THREADS
 
-_FLAGS = (f"-I{SOURCES}", "-std=c++17", "-O1", "-fwrapv", "-fno-math-errno", "-fPIC", "-shared", "-w", "-DFLEXREF_HOST")
+_FLAGS = (f"-I{SOURCES}", "-std=c++17", "-O1", "-fno-math-errno", "-fPIC", "-shared", "-w", "-DFLEXREF_HOST")
 _lock = threading.RLock()
 
 

@@ -75,7 +75,7 @@ def backward(
             call.place(name, x)
     delta = torch.empty_like(output.lse)
     call.point(row_max=output.saved[0], log_sum=output.saved[1], delta=delta)
-    call.point(lse_grad=None if grad_lse is None else grad_lse.contiguous())
+    call.point(lse_grad=None if grad_lse is None else grad_lse.resolve_neg().contiguous())
     tiles = plan.backward_tiles(problem, machine.shared_limit)
     variant = Variant(tiles, 0, call.checked)
     _kernel("delta", problem, variant, machine)(-(-delta.numel() // (plan.THREADS // 32)), 0, call.words)
@@ -202,18 +202,20 @@ class Call:
         device, row = self.tensors.query.device, []
         for x in self.tensors.captured:
             x = self.kept(x.detach().to(device) if x.device != device else x)
+            strides = x.stride()
             if x.numel() == 0:
-                # every index is out of range, and is read at place 0
+                # every read is out of range in some dimension, and is done at place 0
+                strides = (0,) * x.dim()
                 self.keep.append(torch.zeros(2, dtype=torch.float64, device=device))
             row.append(self.keep[-1].data_ptr())
-            for stride, size in zip(x.stride(), x.shape, strict=True):
+            for stride, size in zip(strides, x.shape, strict=True):
                 row += [stride, size]
         self.words[first : first + len(row)] = row
         numbers = self.tensors.scalars[:scalars]
         at = first + table
         self.words[at : at + len(numbers)] = np.array([float(x) for x in numbers]).view(np.int64)
         # a float that is no 64-bit int is never read as one
-        self.words[at + scalars : at + scalars + len(numbers)] = [int(x) if abs(x) < 2**63 else 0 for x in numbers]
+        self.words[at + scalars : at + scalars + len(numbers)] = [int(x) if -(2**63) <= x < 2**63 else 0 for x in numbers]
 
     def walk_keys(self, tiles: plan.Tiles, packed: bool = False) -> int:
         """Tiles of query rows that walk the lists of key blocks; how many tasks that is."""

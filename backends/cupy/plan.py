@@ -9,7 +9,7 @@ from flexref.problem import Problem
 
 THREADS = 128
 HALVES = (torch.float16, torch.bfloat16)
-# what a thread block may use on each compute capability that is compiled for; the least of them is kept to
+# what a thread block may use on data-centre GPUs; others have less, and say so
 SHARED_LIMIT = 163 * 1024
 # up to this many query rows, heads that share a key are worked on together, and the keys are split over thread blocks
 SHORT = 16
@@ -158,10 +158,12 @@ def forward_splits(problem: Problem, tasks: int, kv_tiles: int, processors: int)
     return max(1, min(-(-2 * processors // tasks), kv_tiles // 2))
 
 
-def fits(problem: Problem) -> bool:
-    """Whether some tile with the options of this problem fits every GPU that is compiled for."""
+def fits(problem: Problem, limit: int = SHARED_LIMIT) -> bool:
+    """Whether tiles with the options of this problem fit into `limit` bytes of shared memory."""
     try:
-        forward_tiles(problem)
+        forward_tiles(problem, limit)
+        if problem.needs_backward:
+            backward_tiles(problem, limit)
     except ValueError:
         return False
     return True

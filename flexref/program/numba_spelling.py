@@ -14,7 +14,7 @@ SPELL: dict[str, str | dict[str, str]] = {
     "sign": {"int": "select({0} > 0, 1, select({0} < 0, -1, 0))", "float": "maths.sign({0})"},
     "minimum": {"int": "select({0} < {1}, {0}, {1})", "float": "select(({0} < {1}) | ({0} != {0}), {0}, {1})"},
     "maximum": {"int": "select({0} > {1}, {0}, {1})", "float": "select(({0} > {1}) | ({0} != {0}), {0}, {1})"},
-    "floor_div": {"int": "maths.floor_div({0}, {1})", "float": "maths.floor({0} / {1})"},
+    "floor_div": {"int": "maths.floor_div({0}, {1})", "float": "maths.float_floor_div({0}, {1})"},
     "trunc_div": {"int": "maths.trunc_div({0}, {1})", "float": "maths.trunc({0} / {1})"},
     "remainder": {"int": "maths.remainder({0}, {1})", "float": "maths.float_remainder({0}, {1})"},
     "fmod": {"int": "maths.int_fmod({0}, {1})", "float": "maths.fmod({0}, {1})"},

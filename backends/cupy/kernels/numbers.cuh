@@ -46,6 +46,16 @@ DEVICE real remainder_of(real a, real b) {
     return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
 }
 
+// PyTorch's floor division of floats goes by the remainder: a / b may already be rounded to the next whole number
+DEVICE real floor_div_of(real a, real b) {
+    if (b == 0) return a / b;
+    const real rest = MATH(fmod)(a, b);
+    real quotient = (a - rest) / b;
+    if (rest != 0 && (rest < 0) != (b < 0)) quotient -= 1;
+    const real below = MATH(floor)(quotient);
+    return quotient - below > (real)0.5 ? below + 1 : below;
+}
+
 // integer division: by 0 it is 0, where PyTorch raises; by -1 it must not trap
 template <class I> DEVICE I trunc_div(I a, I b) { return b == 0 ? 0 : b == -1 ? (I)(0ull - (unsigned long long)a) : a / b; }
 template <class I> DEVICE I fmod_int(I a, I b) { return b == 0 ? a : b == -1 ? 0 : a % b; }

@@ -206,6 +206,17 @@ def sign(x):
 
 
 @helper
+def float_floor_div(x, y):
+    """PyTorch's floor division goes by the remainder: x / y may already be rounded to the next whole number."""
+    rest = fmod(x, y)
+    quotient = (x - rest) / y
+    quotient = quotient - _one(x) if rest != _zero(x) and (rest < _zero(x)) != (y < _zero(x)) else quotient
+    below = floor(quotient)
+    below = below + _one(x) if quotient - below > _one(x) / (_one(x) + _one(x)) else below
+    return x / y if y == _zero(x) else below
+
+
+@helper
 def float_remainder(x, y):
     """PyTorch's remainder: it has the sign of the divisor."""
     rest = fmod(x, y)

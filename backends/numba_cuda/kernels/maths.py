@@ -76,7 +76,19 @@ def fmod(x, y):
 
 @device
 def sign(x):
-    return math.copysign(type(x)(1), x) if abs(x) > 0 else x * 0
+    return math.copysign(type(x)(1), x) if abs(x) > 0 else type(x)(0)
+
+
+@device
+def float_floor_div(x, y):
+    """PyTorch's floor division goes by the remainder: x / y may already be rounded to the next whole number."""
+    one, zero = type(x)(1), type(x)(0)
+    rest = math.fmod(x, y)
+    quotient = (x - rest) / y
+    quotient = quotient - one if rest != zero and (rest < zero) != (y < zero) else quotient
+    below = floor(quotient)
+    below = below + one if quotient - below > type(x)(0.5) else below
+    return type(x)(x / y) if y == zero else type(x)(below)
 
 
 @device

@@ -2,9 +2,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy import ceil, exp, exp2, expm1, floor, fmod, int64, log, log1p, log2, sign, sqrt, tanh, trunc  # noqa: F401
+from numpy import ceil, exp, exp2, expm1, floor, fmod, int64, log, log1p, log2, sqrt, tanh, trunc  # noqa: F401
+from numpy import floor_divide as float_floor_div  # noqa: F401
 from numpy import remainder as float_remainder  # noqa: F401
 from numpy import rint as round_even  # noqa: F401
+
+
+def sign(x):
+    """1, -1, or 0, also of NaN."""
+    return type(x)(int(x > 0) - int(x < 0))
 
 
 def floor_div(a, b):

@@ -13,6 +13,38 @@ NUMBERS = (
 )  # fmt: skip
 
 
+@triton.jit
+def walk_keys(
+    d_q, q_tile, g_tile, k_at, v_at, top, log_sum, less, scale, b, h, q_idx, rows_inside, count, at, full_at, tail,
+    indices, full_indices, k_row, k_column, v_row, v_column, kv_len, errors,
+    # hole: parameters
+    CHECKED: tl.constexpr, BLOCK_N: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHECK_READS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Adds what `count` tiles of keys give to d_q."""
+    TILES: tl.constexpr = (KV_BLOCK + BLOCK_N - 1) // BLOCK_N
+    kv_rows = tl.arange(0, BLOCK_N)
+    for it in range(0, count):
+        block, full = listed(it, at, full_at, tail, indices, full_indices, CHECKED, LISTS, TILES)
+        kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
+        inside = kv0 + kv_rows < tl.minimum((block + 1) * KV_BLOCK, kv_len)
+        k_from, v_from = k_at + kv0.to(tl.int64) * k_row, v_at + kv0.to(tl.int64) * v_row
+        k_tile = load_rows(k_from, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, CHECKED).to(q_tile.dtype)
+        v_tile = load_rows(v_from, kv_rows, v_row, v_column, inside, VALUE_COLUMNS, VALUE_DIM, CHECKED).to(g_tile.dtype)
+        score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=real)
+        upward = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=real)
+        kv_idx = tl.minimum(kv0 + kv_rows, kv_len - 1)[None, :]
+        _, grad, _ = gradients(
+            score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx, rows_inside[:, None] & inside[None, :], full, errors,
+            # hole: arguments
+            CHECKED, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+        )
+        d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
+    return d_q
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def backward_q(
     q, k, v, grad_out, saved_max, saved_sum, delta, d_query, unsound, errors,
@@ -82,40 +114,22 @@ def backward_q(
             put_rows(d_query, row, rows_inside, part * scale, column, CHUNK, HEAD_DIM)
     else:
         d_q = tl.zeros([BLOCK_M, HEAD_COLUMNS], real)
-        for it in range(0, interior * TILES):
-            block, full = listed(it, at, full_at, full_count, indices, full_indices, False, LISTS, TILES)
-            kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
-            inside = kv0 + kv_rows < kv_len
-            k_tile = load_rows(k_at + kv0.to(tl.int64) * k_row, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, False)
-            v_tile = load_rows(v_at + kv0.to(tl.int64) * v_row, kv_rows, v_row, v_column, inside, VALUE_COLUMNS, VALUE_DIM, False)
-            k_tile = k_tile.to(q_tile.dtype)
-            score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=real)
-            upward = tl.dot(g_tile, tl.trans(v_tile.to(g_tile.dtype)), input_precision=PRECISION, out_dtype=real)
-            weights, grad, _ = gradients(
-                score, upward, top, log_sum, less, scale, b, h, q_idx, (kv0 + kv_rows)[None, :],
-                rows_inside[:, None] & inside[None, :], full, errors,
-                # hole: arguments
-                False, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
-            )
-            d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
-        for it in range(0, (full_count - interior + partial) * TILES):
-            block, full = listed(it, at, full_at + interior, full_count - interior, indices, full_indices, True, LISTS, TILES)
-            kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
-            inside = kv0 + kv_rows < tl.minimum((block + 1) * KV_BLOCK, kv_len)
-            k_tile = load_rows(k_at + kv0.to(tl.int64) * k_row, kv_rows, k_row, k_column, inside, HEAD_COLUMNS, HEAD_DIM, True)
-            v_tile = load_rows(v_at + kv0.to(tl.int64) * v_row, kv_rows, v_row, v_column, inside, VALUE_COLUMNS, VALUE_DIM, True)
-            k_tile = k_tile.to(q_tile.dtype)
-            score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=real)
-            upward = tl.dot(g_tile, tl.trans(v_tile.to(g_tile.dtype)), input_precision=PRECISION, out_dtype=real)
-            kv_idx = tl.minimum(kv0 + kv_rows, kv_len - 1)[None, :]
-            weights, grad, _ = gradients(
-                score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx,
-                rows_inside[:, None] & inside[None, :], full, errors,
-                # hole: arguments
-                True, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
-            )
-            d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
-
+        d_q = walk_keys(
+            d_q, q_tile, g_tile, k_at, v_at, top, log_sum, less, scale, b, h, q_idx, rows_inside,
+            interior * TILES, at, full_at, full_count, indices, full_indices, k_row, k_column, v_row, v_column, kv_len, errors,
+            # hole: arguments
+            False, BLOCK_N, KV_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
+            FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
+        )
+        tail = full_count - interior
+        d_q = walk_keys(
+            d_q, q_tile, g_tile, k_at, v_at, top, log_sum, less, scale, b, h, q_idx, rows_inside,
+            (tail + partial) * TILES, at, full_at + interior, tail, indices, full_indices, k_row, k_column, v_row, v_column,
+            kv_len, errors,
+            # hole: arguments
+            True, BLOCK_N, KV_BLOCK, LISTS, HEAD_DIM, VALUE_DIM, HEAD_COLUMNS, VALUE_COLUMNS,
+            FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, PRECISION,
+        )
         strange = any_of((d_q - d_q != 0) & rows_inside[:, None])
         tl.store(unsound + tl.program_id(0), strange)
         put_rows(d_query, row, rows_inside, d_q * scale, 0, HEAD_COLUMNS, HEAD_DIM)
