@@ -397,3 +397,40 @@ def test_the_example_that_edits_a_kernel():
         right = example.verdicts(BACKEND, example.RULES["R6 a row with nothing allowed"])
     assert wrong["out"] and wrong["lse"] and not any(right.values())
     assert not any(example.verdicts(BACKEND, example.RULES["R1 the accumulation type"]).values())
+
+
+@pytest.mark.parametrize("widths", [(264, 8), (16, 272)])
+def test_rows_longer_than_the_threads_can_fetch_at_once(with_options, widths):
+    head_dim, value_dim = widths
+    with_options(product="mma")
+    checks.check_case(BACKEND, Case(q_len=4, kv_len=5, head_dim=head_dim, value_dim=value_dim, dtype="bfloat16"))
+
+
+def test_tile_options_become_powers_of_two():
+    chip = Chip(132, 227 * 1024, True)
+    for q_tile, kv_tile in ((48, 48), (1024, 112), (1, 1), (256, 112)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.zeros(1, 1, 8, 256, dtype=dtype)
+            problem, _ = prepare(x, x, x, options=dict(q_tile=q_tile, kv_tile=kv_tile))
+            for kernel in ("forward", "backward_key", "backward_query"):
+                found = geometry_of(problem, kernel, chip, False)
+                assert found.threads & (found.threads - 1) == 0 and found.threads <= 1024
+                assert found.cols & (found.cols - 1) == 0
+
+
+def test_rows_that_do_not_exist_read_nothing():
+    query, key = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 5, 4)
+    table = torch.arange(10.0)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + table[(40 / (score + 1e-3)).to(torch.int64) - 15]
+
+    problem, tensors = prepare(query, key, key, mod)
+    wanted = einsum(query.double(), key.double(), key.double(), mod)
+    torch.testing.assert_close(BACKEND.forward(problem, tensors).lse, wanted.lse.float())
+
+
+def test_a_cache_folder_that_goes_away_costs_a_warning(tmp_path, monkeypatch):
+    path = tmp_path / "gone" / "kernel.py"
+    with pytest.warns(compiler.CacheWarning, match="cannot be written"):
+        compiler.write(path, b"x")

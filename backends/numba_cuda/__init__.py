@@ -1,6 +1,7 @@
 """numba_cuda, the engine to hack on: the attention kernels are Python, which Numba compiles for the GPU or simulates on a CPU."""
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,15 @@ def unavailable() -> list[str]:
     reasons = _missing()
     if not torch.cuda.is_available():
         reasons.append("torch sees no CUDA GPU: run on a machine with one and install torch built for CUDA")
+    elif simulating():
+        reasons.append("numba.cuda is loaded as a simulator in this process; use another one for the GPU")
     return reasons
+
+
+def simulating() -> bool:
+    """Whether Numba's simulator has taken the place of its compiler, which lasts as long as the process."""
+    loaded = sys.modules.get("numba.core.config")
+    return "numba.cuda" in sys.modules and bool(getattr(loaded, "ENABLE_CUDASIM", 0))
 
 
 def _missing() -> list[str]:

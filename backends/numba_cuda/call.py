@@ -93,7 +93,7 @@ class Call:
         numbers = self.tensors.scalars
         floats = (float(self.tensors.scale), *(float(x) for x in numbers))
         # a float that is no 64-bit int is never read as one
-        ints = tuple(int(x) if abs(x) < 2**63 else 0 for x in numbers) or (0,)
+        ints = tuple(int(x) if -(2**63) <= x < 2**63 else 0 for x in numbers) or (0,)
         tuples = [self._sizes(), tuple(dims) or (0,), floats, ints]
         captured = [t.to(self.tensors.query.device) for t in self.tensors.captured]
         shared = shared_of(p, self.kernel, self.geometry).bytes
@@ -124,7 +124,8 @@ def _pack(problem: Problem, tensors: Tensors, geometry: Geometry) -> int:
     if tensors.block_mask is not None and tensors.block_mask.H > 1:
         return 1
     pack = 1
-    while problem.group % (2 * pack) == 0 and 2 * pack * problem.q_len <= geometry.row_tile:
+    rows = geometry.row_tile
+    while problem.group % (2 * pack) == 0 and rows % (2 * pack) == 0 and 2 * pack * problem.q_len <= rows:
         pack *= 2
     return pack
 

@@ -53,11 +53,17 @@ def path_of(name: str) -> Path | None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Another process sees either no file or the whole of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
+    """Another process sees either no file or the whole of it; where there can be none, a warning says so."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        warnings.warn(f"{path} cannot be written ({error}); the kernel is not kept.", CacheWarning, stacklevel=2)
 
 
 def _default_folder() -> str:

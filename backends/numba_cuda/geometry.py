@@ -134,12 +134,18 @@ def _asked(problem: Problem, kernel: str, geometry: Geometry) -> Geometry:
     if rows in options:
         tile = int(options[rows])  # type: ignore[call-overload]
         a_warp = geometry.lanes // geometry.spread * geometry.rows
-        geometry = replace(geometry, threads=max(1, tile // a_warp) * geometry.lanes)
+        warps = min(_power_of_2(tile // a_warp), 1024 // geometry.lanes)
+        geometry = replace(geometry, threads=warps * geometry.lanes)
     if columns in options:
         tile = int(options[columns])  # type: ignore[call-overload]
         piece = 16 if geometry.product == "mma" else geometry.spread
-        geometry = replace(geometry, cols=max(1, tile // piece) * piece // geometry.spread)
+        geometry = replace(geometry, cols=_power_of_2(tile // piece) * piece // geometry.spread)
     return geometry
+
+
+def _power_of_2(n: int) -> int:
+    """The greatest that is no more than n, at least 1: what can be halved until it fits."""
+    return 1 << max(n, 1).bit_length() - 1
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,12 @@ def built_kernel(source: str, name: str, kinds: tuple[str, ...], threads: int, c
     """From the cache folder, or made by Numba and kept there."""
     text = "\n".join((source, *kinds, str(threads), str(cc), *_fingerprint()))
     path = compiler.path_of(f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin")
-    if path is not None and path.exists():
-        entry, _, code = path.read_bytes().partition(b"\n")
-        return Built(entry.decode(), code)
+    try:
+        entry, _, code = b"" if path is None else path.read_bytes().partition(b"\n")
+        if code:
+            return Built(entry.decode(), code)
+    except FileNotFoundError:
+        pass
     built = assemble(ptx_of(source, name, kinds, threads, cc), cc)
     if path is not None:
         compiler.write(path, built.entry.encode() + b"\n" + built.code)
@@ -185,4 +188,5 @@ def _fingerprint() -> tuple[str, ...]:
     """What machine code depends on beside the kernel's own source."""
     kernels = Path(__file__).parent / "kernels"
     texts = b"".join((kernels / name).read_bytes() for name in ("machine.py", "maths.py"))
-    return hashlib.sha256(texts).hexdigest(), version("numba-cuda"), version("cuda-core")
+    versions = (version(package) for package in ("numba", "llvmlite", "numba-cuda", "cuda-core"))
+    return hashlib.sha256(texts).hexdigest(), *versions

@@ -88,7 +88,9 @@ def forward(
     counts = registers(ROWS)
     places = registers(ROWS)
     factors = registers(ROWS)
+    there = registers(ROWS)
     for i in unrolled(ROWS):
+        there[i] = q0 + (my_row + down(i)) % Q_ROWS < q_end
         h[i] = h0 + (my_row + down(i)) // Q_ROWS
         q_at[i] = smaller(q0 + (my_row + down(i)) % Q_ROWS, q_end - 1)
 
@@ -123,13 +125,13 @@ def forward(
             s = unpacked(product_keys(q_tile, k_tile, thread))
 
             # scores after both mods; -inf where masked
-            if (partial & HAS_MASK) | (kv_end - kv0 < COLUMN_TILE):
+            if (partial & HAS_MASK) | (kv_end - kv0 < COLUMN_TILE) | (q_end - q0 < Q_ROWS):
                 for j in unrolled(COLS):
                     kv_at = kv0 + my_column + across(j)
                     inside = kv_at < kv_end
                     kv_at = smaller(kv_at, kv_end - 1)
                     for i in unrolled(ROWS):
-                        allowed = inside
+                        allowed = inside & there[i]
                         # hole: mask_call
                         x = s[i, j] * scale
                         # hole: score_call

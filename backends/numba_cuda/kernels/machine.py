@@ -74,7 +74,7 @@ def _ldmatrix(down: str):
             kind = ir.FunctionType(ir.LiteralStructType([_I32] * 4), [_I32])
             text = f"ldmatrix.sync.aligned.m8n8.x4{down}.shared.b16 {{$0,$1,$2,$3}}, [$4+{2 * further.literal_value}];"
             code = ir.InlineAsm(kind, text, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
-            return _tuple_of(context, builder, result, builder.call(code, [place]))
+            return _tuple_of(context, builder, result, builder.call(code, [place], attrs=("convergent",)))
 
         return result(tile, types.int64, further), codegen
 
@@ -96,7 +96,7 @@ def _mma(half: str):
                 "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
             )
             code = ir.InlineAsm(kind, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", side_effect=False)
-            return _tuple_of(context, builder, result, builder.call(code, [*args[4:], *args[:4]]))
+            return _tuple_of(context, builder, result, builder.call(code, [*args[4:], *args[:4]], attrs=("convergent",)))
 
         return result(*[types.float32] * 4, *[types.int32] * 6), codegen
 

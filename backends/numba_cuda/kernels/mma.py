@@ -113,13 +113,12 @@ def fetch_NAME(tile, tile_rows, source, base, row_step, col_step, count, rows_a_
     ALIGNED: rows are whole runs of 16 bytes, which travel in the background until `arrived`.
     """
     if ALIGNED:
-        e = thread % RUNS * 8
         for r in range(thread // RUNS, tile_rows, THREADS // RUNS):
             row = r % rows_a_head
-            inside = (row < count) & (e < WIDTH)
-            # an address that nothing is read from shall be a valid one, too
-            start = select(inside, base + r // rows_a_head * head_step + row * row_step + e, int64(0))
-            if e < PADDED:
+            for e in range(thread % RUNS * 8, PADDED, RUNS * 8):
+                inside = (row < count) & (e < WIDTH)
+                # an address that nothing is read from shall be a valid one, too
+                start = select(inside, base + r // rows_a_head * head_step + row * row_step + e, int64(0))
                 copy16(tile, r * STEP + e, source, start, inside)
     else:
         for r in range(thread // LANES, tile_rows, THREADS // LANES):
