@@ -77,7 +77,7 @@ def test_show_prints_every_stage_of_a_score_mod(capsys, mods):
     assert "def alibi" in said and "== program" in said and "load 0" in said
     assert "buffer 0: slopes float32 (8,)" in said
     assert "== derivative" in said and "grad" in said
-    assert "numba_cpu  chosen" in said and "== numba_cpu derivative" in said
+    assert "numba_cpu   chosen" in said and "== numba_cpu derivative" in said
 
 
 def test_show_knows_a_mask_by_its_four_arguments(capsys, mods):
