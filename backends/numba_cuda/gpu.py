@@ -133,7 +133,7 @@ def built_kernel(source: str, name: str, kinds: tuple[str, ...], threads: int, c
     text = "\n".join((source, *kinds, str(threads), str(cc), *_fingerprint()))
     path = compiler.path_of(f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin")
     try:
-        entry, _, code = b"" if path is None else path.read_bytes().partition(b"\n")
+        entry, _, code = (b"" if path is None else path.read_bytes()).partition(b"\n")
         if code:
             return Built(entry.decode(), code)
     except FileNotFoundError:
