@@ -28,6 +28,13 @@ def test_value_gets_no_gradient_from_lse(backend: Backend):
     check_case(backend, Case(q_len=20, kv_len=37, loss="lse", wants=("value",)))
 
 
+def test_lse_alone_looks_at_no_value(backend: Backend):
+    # values hold NaN, at allowed positions too
+    for seed in (1, 2):
+        case = Case(q_len=20, kv_len=37, values="holes", mask="kv_idx % 5 != 0", score="score + slope[h]", seed=seed)
+        check_case(backend, case.but(loss="lse", wants=("query", "value", "captured")))
+
+
 def test_max_scores_are_after_score_mod(backend: Backend):
     for score in ("score * -2.0", "score + slope[h]", "torch.where(kv_idx == 0, -inf, score)"):
         check_case(

@@ -55,9 +55,12 @@ class _Attend(torch.autograd.Function):
         query, key, value, out, lse, *others = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * (6 + len(ctx.rest.captured))
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
+        lse_alone = grad_out is None
+        if lse_alone:
+            # only lse counts: what values hold, and the out that they made, must not come in as 0 times NaN
+            grad_out, out, value = (torch.zeros_like(x) for x in (out, out, value))
         tensors = replace(ctx.rest, query=query, key=key, value=value)
         output = Output(out, lse, None, tuple(others[: ctx.saved_count]))
         gradients = ctx.backend.backward(ctx.problem, tensors, output, grad_out, grad_lse)
-        return (None, None, None, gradients.query, gradients.key, gradients.value, *gradients.captured)
+        d_value = gradients.value.zero_() if lse_alone and gradients.value is not None else gradients.value
+        return (None, None, None, gradients.query, gradients.key, d_value, *gradients.captured)
