@@ -7,6 +7,8 @@ index that comes out of it. What stays open after that is checked by the kernel.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -26,17 +28,23 @@ def proved_in_range(problem: Problem, tensors: Tensors) -> bool:
 
     Waits for the device once for each captured tensor of integers that is new or was written to, and never again.
     """
-    graphs = [graph for graph in (problem.score, problem.mask) if graph is not None and graph.loads]
-    if not graphs:
-        return True
-    if problem.kv_len == 0 or problem.q_len == 0 or problem.batch == 0:
-        return True
-    shapes = [capture.shape for capture in problem.captures]
-    if all(all_safe(graph, safe_reads(graph, problem.extents, shapes)) for graph in graphs):
+    open_graphs = _not_proved_by_lengths(problem)
+    if not open_graphs:
         return True
     bounds = tuple(_bounds_of(t) for t in tensors.captured)
-    key = (problem.score, problem.mask, tuple(problem.extents.values()), tuple(shapes), bounds, tensors.scalars)
-    return _proofs.get(key, lambda: all(_in_range(graph, problem, bounds, tensors.scalars) for graph in graphs))
+    shapes = tuple(capture.shape for capture in problem.captures)
+    key = (open_graphs, tuple(problem.extents.values()), shapes, bounds, tensors.scalars)
+    return _proofs.get(key, lambda: all(_in_range(graph, problem, bounds, tensors.scalars) for graph in open_graphs))
+
+
+@lru_cache(maxsize=4096)
+def _not_proved_by_lengths(problem: Problem) -> tuple[Graph, ...]:
+    """The programs with a read that the lengths alone do not keep in range; none where there is no position at all."""
+    if 0 in (problem.batch, problem.q_len, problem.kv_len):
+        return ()
+    shapes = [capture.shape for capture in problem.captures]
+    graphs = (graph for graph in (problem.score, problem.mask) if graph is not None)
+    return tuple(graph for graph in graphs if not all_safe(graph, safe_reads(graph, problem.extents, shapes)))
 
 
 def _bounds_of(tensor: Tensor) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from flexref.backends.cupy.emitter import CudaEmitter, table_start
 from flexref.problem import Capture, Problem
 from flexref.program.derive import derive
 from flexref.program.ir import Graph, Node
-from flexref.program.proofs import all_safe, safe_reads, small_ints
+from flexref.program.proofs import safe_reads, small_ints
 from flexref.program.template import fill
 
 SOURCES = Path(__file__).parent / "kernels"
@@ -54,14 +54,6 @@ def source(name: str) -> str:
         return f"// {inner}\n" + _INCLUDE.sub(included, text)
 
     return _INCLUDE.sub(included, read(name))
-
-
-@lru_cache(maxsize=4096)
-def always_safe(problem: Problem) -> bool:
-    """Whether every read of both mods is proved in range without a look at any tensor."""
-    shapes = [capture.shape for capture in problem.captures]
-    graphs = [graph for graph in (problem.score, problem.mask) if graph is not None]
-    return all(all_safe(graph, safe_reads(graph, problem.extents, shapes)) for graph in graphs)
 
 
 def filled(name: str, problem: Problem, variant: Variant) -> str:

@@ -155,7 +155,7 @@ class Call:
         scalars = kernels_for.scalar_count(problem)
         self.words = np.zeros(kernels_for.parameter_count(problem), np.int64)
         self.keep: list = []
-        self.checked = not kernels_for.always_safe(problem) and not proved_in_range(problem, tensors)
+        self.checked = not proved_in_range(problem, tensors)
         for name, x in (("q", tensors.query), ("k", tensors.key), ("v", tensors.value)):
             self.place(name, x)
         self.words[self.places["scale"][0]] = np.float64(tensors.scale).view(np.int64)

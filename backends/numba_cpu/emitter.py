@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 from flexref.problem import Capture
-from flexref.program.emitter import Emitter, float_class
 from flexref.program.ir import Graph, Node
-from flexref.program.numba_spelling import SPELL
+from flexref.program.numba_spelling import NumbaSpelling
 
 _READS = {
     "torch.bool": "pointer({0}, uint8)[{1}] != 0",
@@ -21,39 +20,18 @@ _READS = {
 _WIDE = {"q_idx": "q_at", "kv_idx": "kv_at"}
 
 
-class NumbaEmitter(Emitter):
+class NumbaEmitter(NumbaSpelling):
     """Prints for one kernel: `captures` say how to read, `small` which int nodes fit 32 bits, `safe` which reads are in range."""
-
-    spell = SPELL
 
     def __init__(
         self, captures: tuple[Capture, ...], small: frozenset[int] = frozenset(), safe: frozenset[tuple[int, int]] = frozenset()
     ):
         self.captures, self.small, self.safe = captures, small, safe
 
-    def literal(self, value: bool | int | float, type: str) -> str:
-        if type == "bool":
-            return str(bool(value))
-        if type == "int":
-            return str(value)
-        word = {"nan": "NAN", "inf": "INF", "-inf": "-INF"}.get(float_class(float(value)))
-        return word or f"real({float(value)!r})"
-
     def scalar(self, slot: int, type: str) -> str:
         return f"floats[{slot}]" if type == "float" else f"ints[{slot}]"
 
-    def statements(self, name: str, node: Node, graph: Graph, names: list[str]) -> list[str]:
-        position = len(names)
-        if node.op == "load":
-            return self._checked_load(name, position, node, graph, names)
-        (line,) = super().statements(name, node, graph, names)
-        if node.type == "bool":
-            return [line]
-        value = line.partition(" = ")[2]
-        kind = "real" if node.type == "float" else "int32" if position in self.small else "int64"
-        return [f"{name} = {kind}({value})"]
-
-    def _checked_load(self, name: str, position: int, node: Node, graph: Graph, names: list[str]) -> list[str]:
+    def read(self, name: str, position: int, node: Node, graph: Graph, names: list[str]) -> list[str]:
         """Every index wraps if it is negative and is kept in range, unless it was proved to be; `wrong` remembers."""
         buffer = int(node.attr)  # type: ignore[arg-type]
         lines, terms = [], []

@@ -1,8 +1,6 @@
 """One call of one kernel: its numbers, its variant, its grid, and the error that it may leave."""
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,6 @@ from flexref.backends.numba_cuda.kernels_for import Variant, kernel_source
 from flexref.index_error import named_index_error
 from flexref.index_proof import proved_in_range
 from flexref.problem import Problem, Tensors
-from flexref.program.proofs import all_safe, safe_reads
 
 # a block of threads shall have this many tiles of keys before they are shared out over several
 _LEAST_TILES = 4
@@ -26,7 +23,7 @@ class Call:
         self.problem, self.tensors, self.device, self.kernel = problem, tensors, device, kernel
         self.chip = device.chip(tensors.query)
         self.geometry = geometry_of(problem, kernel, self.chip, device.simulated)
-        self.checked = _has_open_reads(problem) and not proved_in_range(problem, tensors)
+        self.checked = not proved_in_range(problem, tensors)
         # a flag that no kernel sets needs no memory of its own
         self.errors = device.zeros(torch.int32, tensors.query, fresh=self.checked)
         p, mask = problem, tensors.block_mask
@@ -136,11 +133,3 @@ def _aligned(x: Tensor) -> bool:
     steps = [step for step, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
     dense = x.stride(3) == 1 and x.shape[3] % run == 0
     return dense and x.data_ptr() % 16 == 0 and all(step % run == 0 for step in steps)
-
-
-@lru_cache(maxsize=4096)
-def _has_open_reads(problem: Problem) -> bool:
-    """Whether a mod reads a captured tensor at an index that is not proved to be in range from lengths alone."""
-    shapes = [c.shape for c in problem.captures]
-    graphs = [g for g in (problem.score, problem.mask) if g is not None]
-    return not all(all_safe(g, safe_reads(g, problem.extents, shapes)) for g in graphs)

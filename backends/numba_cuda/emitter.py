@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 from flexref.problem import Capture
-from flexref.program.emitter import Emitter, float_class
 from flexref.program.ir import Graph, Node
-from flexref.program.numba_spelling import SPELL
+from flexref.program.numba_spelling import NumbaSpelling
 
 _READS = {
     "torch.bool": "{0} != 0",
@@ -16,10 +15,8 @@ _READS = {
 _WIDE = {"q_idx": "q_at", "kv_idx": "kv_at"}
 
 
-class NumbaCudaEmitter(Emitter):
+class NumbaCudaEmitter(NumbaSpelling):
     """Prints for one kernel: `small` int nodes fit 32 bits, `safe` reads are in range; others wrap, or are `checked`."""
-
-    spell = SPELL
 
     def __init__(
         self,
@@ -30,30 +27,11 @@ class NumbaCudaEmitter(Emitter):
     ):
         self.captures, self.small, self.safe, self.checked = captures, small, safe, checked
 
-    def literal(self, value: bool | int | float, type: str) -> str:
-        if type == "bool":
-            return str(bool(value))
-        if type == "int":
-            return str(value)
-        word = {"nan": "NAN", "inf": "INF", "-inf": "-INF"}.get(float_class(float(value)))
-        return word or f"real({float(value)!r})"
-
     def scalar(self, slot: int, type: str) -> str:
         # floats[0] is the scale
         return f"floats[{slot + 1}]" if type == "float" else f"ints[{slot}]"
 
-    def statements(self, name: str, node: Node, graph: Graph, names: list[str]) -> list[str]:
-        position = len(names)
-        if node.op == "load":
-            return self._read(name, position, node, graph, names)
-        (line,) = super().statements(name, node, graph, names)
-        if node.type == "bool":
-            return [line]
-        value = line.partition(" = ")[2]
-        kind = "real" if node.type == "float" else "int32" if position in self.small else "int64"
-        return [f"{name} = {kind}({value})"]
-
-    def _read(self, name: str, position: int, node: Node, graph: Graph, names: list[str]) -> list[str]:
+    def read(self, name: str, position: int, node: Node, graph: Graph, names: list[str]) -> list[str]:
         """The element's place is the sum of index times stride; name_0, name_1, ... are the indices, for d_captured."""
         buffer = int(node.attr)  # type: ignore[arg-type]
         start = dims_start(self.captures, buffer)

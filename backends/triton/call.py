@@ -42,7 +42,7 @@ class Call:
         self.captured = [_readable(t, self.device) for t in tensors.captured]
         self.near = frozenset(i for i, t in enumerate(self.captured) if _extent(t) <= _REACH)
         self.wide = any(_is_wide(x) for x in (tensors.query, tensors.key, tensors.value, *more))
-        self.checks = kernels_for.needs_proof(problem) and not proved_in_range(problem, tensors)
+        self.checks = not proved_in_range(problem, tensors)
         self.errors = torch.zeros(1, dtype=torch.int32, device=self.device) if self.checks else None
 
     def function(self, kernel: str) -> Any:
@@ -66,11 +66,28 @@ class Call:
             found[name] = tensor if not part else tensor.stride(int(part[1:])) if part[0] == "s" else sizes[int(part[1:])]
         return found
 
-    def walk(self, by_column: bool, packed: bool = False) -> dict[str, Any]:
-        """The lists, in the order of rows (or columns), and what says which program works on which of them."""
+    def arguments(self) -> dict[str, Any]:
+        """What every kernel takes that walks: query, key and value, the mods', lengths and heads."""
+        p, tensors = self.problem, self.tensors
+        q, k, v = (plain(x) for x in (tensors.query, tensors.key, tensors.value))
+        return {
+            "q": q, "k": k, "v": v, **strides(q, "q"), **strides(k, "k"), **strides(v, "v"), **self.mods(), **self.sizes(),
+            "errors": self.errors, "scale": tensors.scale, "kv_batch": p.kv_batch, "q_heads": p.q_heads,
+            "kv_heads": p.kv_heads, "group": p.group, "q_len": p.q_len, "kv_len": p.kv_len,
+            "FOLD": self.folds(), "FUSED": self.fuses(),
+        }  # fmt: skip
+
+    def row_tile(self, tile: Tile) -> dict[str, Any]:
+        """The tile of a kernel that walks keys. Without lists, every tile of keys is a block, and all queries are one."""
+        found = {"BLOCK_M": tile.q, "BLOCK_N": tile.kv, "num_warps": tile.warps, "num_stages": tile.stages}
+        if self.problem.block_size is None:
+            return found | {"Q_BLOCK": 1 << 30, "KV_BLOCK": tile.kv, "columns": -(-self.problem.kv_len // tile.kv)}
+        return found | dict(zip(("Q_BLOCK", "KV_BLOCK"), block_sides(self.problem), strict=True))
+
+    def walk(self, by_column: bool, heads: int) -> dict[str, Any]:
+        """The lists, in the order of rows (or columns), and what says which of `heads` programs work on which of them."""
         p, mask = self.problem, self.tensors.block_mask
         q_block, kv_block = p.block_size or (p.q_len, p.kv_len)
-        heads = p.kv_heads if packed else p.q_heads
         rows, columns = -(-p.q_len // q_block), -(-p.kv_len // kv_block)
         mask_batch, mask_heads = (1, 1) if mask is None else (mask.B, mask.H)
         lists = (None,) * 4 if mask is None else mask.csc if by_column else mask.csr
@@ -156,6 +173,11 @@ def block_sides(problem: Problem) -> tuple[int, int]:
     pairs = zip(problem.block_size, (problem.q_len, problem.kv_len), strict=True)
     q_block, kv_block = (min(block, max(_LONG_BLOCK, padded(length))) for block, length in pairs)
     return q_block, kv_block
+
+
+def q_side(problem: Problem) -> int:
+    """Query rows of a block, or of all if there are no lists."""
+    return min(problem.block_size[0], problem.q_len) if problem.block_size else problem.q_len
 
 
 def fitted_tile(key: tuple) -> Tile | None:

@@ -22,7 +22,7 @@ from flexref.backends.triton.interpreter import interpreted
 from flexref.problem import Problem
 from flexref.program.derive import derive
 from flexref.program.ir import Graph
-from flexref.program.proofs import all_safe, safe_reads, small_ints
+from flexref.program.proofs import safe_reads, small_ints
 from flexref.program.template import fill
 
 _SOURCES = Path(__file__).parent / "kernels"
@@ -110,13 +110,6 @@ def argument_lists(problem: Problem, scatters: bool) -> dict[str, list[str]]:
         "accumulators": [f"{x}," for x in accumulators],
         "numbers": [f'"{x}",' for x in numbers],
     }
-
-
-def needs_proof(problem: Problem) -> bool:
-    """Whether some read is not proved to be in range by the lengths alone."""
-    shapes = [capture.shape for capture in problem.captures]
-    graphs = [graph for graph in (problem.score, problem.mask) if graph is not None]
-    return not all(all_safe(graph, safe_reads(graph, problem.extents, shapes)) for graph in graphs)
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexref.backends.triton.call import Call, block_sides, fit_key, fitted_tile, plain, processors, strides
+from flexref.backends.triton.call import Call, fit_key, fitted_tile, plain, processors, q_side
 from flexref.backends.triton.tiles import Tile, padded, tile_for
 from flexref.problem import Output, Problem, Tensors
 
@@ -29,7 +29,7 @@ def forward(problem: Problem, tensors: Tensors, call: Call | None = None) -> Out
         return output
     if p.kv_len == 0:
         return _nothing_allowed(output)
-    if decodes(problem, tensors):
+    if decodes(problem):
         _decode(call, output)
     else:
         _whole(call, output)
@@ -37,7 +37,7 @@ def forward(problem: Problem, tensors: Tensors, call: Call | None = None) -> Out
     return output
 
 
-def decodes(problem: Problem, tensors: Tensors) -> bool:
+def decodes(problem: Problem) -> bool:
     """Whether this is a short query against long keys, for which the listed blocks are split."""
     forced = dict(problem.options).get("splits")
     return forced is not None or (problem.q_len < SHORT and problem.kv_len >= 4 * problem.q_len)
@@ -59,9 +59,9 @@ def _whole(call: Call, output: Output) -> None:
     arguments = _arguments(call, output, packed=False) | {"splits": 1, "part": None, "PACK": False, "SPLIT": False}
 
     def launch(function: Any, tile: Tile) -> None:
-        q_tiles = -(-_q_block(call.problem) // tile.q)
+        q_tiles = -(-q_side(call.problem) // tile.q)
         count = arguments["list_rows"] * q_tiles * arguments["replicas"]
-        call.twice(function, (count, 1), arguments | _descriptors(call, tile) | _tile(call, tile) | {"Q_TILES": q_tiles})
+        call.twice(function, (count, 1), arguments | _descriptors(call, tile) | call.row_tile(tile) | {"Q_TILES": q_tiles})
 
     call.run("forward", launch)
 
@@ -71,8 +71,8 @@ def _decode(call: Call, output: Output) -> None:
     p, mask = call.problem, call.tensors.block_mask
     packed = p.group > 1 and (mask is None or mask.H == 1)
     tile = tile_for("decode", p, call.capability)
-    members = _q_block(p) * (p.group if packed else 1)
-    programs = p.batch * (p.kv_heads if packed else p.q_heads) * -(-p.q_len // _q_block(p)) * -(-members // tile.q)
+    members = q_side(p) * (p.group if packed else 1)
+    programs = p.batch * (p.kv_heads if packed else p.q_heads) * -(-p.q_len // q_side(p)) * -(-members // tile.q)
     asked: Any = call.options.get("splits")
     splits = asked or split_count(programs, -(-p.kv_len // tile.kv), processors(call.device))
     if splits == 1 and not packed:
@@ -86,7 +86,7 @@ def _decode(call: Call, output: Output) -> None:
     def launch(function: Any, tile: Tile) -> None:
         q_tiles = -(-members // tile.q)
         count = arguments["list_rows"] * q_tiles * arguments["replicas"]
-        call.twice(function, (count, splits), arguments | _descriptors(call, tile) | _tile(call, tile) | {"Q_TILES": q_tiles})
+        call.twice(function, (count, splits), arguments | _descriptors(call, tile) | call.row_tile(tile) | {"Q_TILES": q_tiles})
 
     call.run("decode", launch)
     if splits > 1:
@@ -127,27 +127,9 @@ def _results(output: Output) -> dict[str, Any]:
 
 
 def _arguments(call: Call, output: Output, packed: bool) -> dict[str, Any]:
-    p, tensors = call.problem, call.tensors
-    q, k, v = (plain(x) for x in (tensors.query, tensors.key, tensors.value))
-    return {
-        "q": q, "k": k, "v": v, **strides(q, "q"), **strides(k, "k"), **strides(v, "v"), **_results(output),
-        **call.walk(by_column=False, packed=packed), **call.mods(), **call.sizes(),
-        "errors": call.errors, "scale": tensors.scale, "kv_batch": p.kv_batch, "q_heads": p.q_heads, "kv_heads": p.kv_heads,
-        "group": p.group, "q_len": p.q_len, "kv_len": p.kv_len, "FOLD": call.folds(), "FUSED": call.fuses(),
-        "SAVE": bool(output.saved), "MAX_SCORES": output.max_scores is not None,
-    }  # fmt: skip
-
-
-def _q_block(problem: Problem) -> int:
-    return min(problem.block_size[0], problem.q_len) if problem.block_size else problem.q_len
-
-
-def _tile(call: Call, tile: Tile) -> dict[str, Any]:
-    found = {"BLOCK_M": tile.q, "BLOCK_N": tile.kv, "num_warps": tile.warps, "num_stages": tile.stages}
-    if call.problem.block_size is not None:
-        return found | dict(zip(("Q_BLOCK", "KV_BLOCK"), block_sides(call.problem), strict=True))
-    # without lists, every tile of keys is a block, and all queries are one
-    return found | {"Q_BLOCK": 1 << 30, "KV_BLOCK": tile.kv, "columns": -(-call.problem.kv_len // tile.kv)}
+    heads = call.problem.kv_heads if packed else call.problem.q_heads
+    saves = {"SAVE": bool(output.saved), "MAX_SCORES": output.max_scores is not None}
+    return call.arguments() | _results(output) | call.walk(by_column=False, heads=heads) | saves
 
 
 def _descriptors(call: Call, tile: Tile) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexref.backends.triton.call import Call, block_sides, plain, processors, strides
+from flexref.backends.triton.call import Call, plain, processors, q_side, strides
 from flexref.backends.triton.tiles import Tile, padded, tile_for
 from flexref.problem import Gradients, Output, Problem, Tensors
 
@@ -24,9 +24,9 @@ def backward(
 ) -> Gradients:
     """The gradients of query, key, value and captured tensors that are needed."""
     need_q, need_k, need_v = problem.needs_grad
-    sums = _accumulators(problem, tensors)
     if output.lse.numel() == 0 or problem.kv_len == 0:
-        return _no_gradients(problem, tensors, sums)
+        return _no_gradients(problem, tensors)
+    sums = _accumulators(problem, tensors)
     call = call or Call(problem, tensors, grad_out)
     arguments = _arguments(call, output, plain(grad_out), grad_lse)
     five = call.options.get("backward") == "five_products" and (need_k or need_v)
@@ -62,7 +62,7 @@ def _accumulators(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
     return found
 
 
-def _no_gradients(problem: Problem, tensors: Tensors, sums: dict[str, Tensor]) -> Gradients:
+def _no_gradients(problem: Problem, tensors: Tensors) -> Gradients:
     inputs = tensors.query, tensors.key, tensors.value
     needs = zip(inputs, problem.needs_grad, strict=True)
     query, key, value = (torch.zeros_like(x) if need else None for x, need in needs)
@@ -72,15 +72,9 @@ def _no_gradients(problem: Problem, tensors: Tensors, sums: dict[str, Tensor]) -
 
 def _arguments(call: Call, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, Any]:
     """What both kernels take, with delta computed."""
-    p, tensors = call.problem, call.tensors
-    q, k, v = (plain(x) for x in (tensors.query, tensors.key, tensors.value))
     row_max, log_sum = output.saved
-    return {
-        "q": q, "k": k, "v": v, "grad_out": grad_out, "saved_max": row_max, "saved_sum": log_sum,
-        "delta": _delta(call, output, grad_out, grad_lse), "errors": call.errors, "scale": tensors.scale,
-        **strides(q, "q"), **strides(k, "k"), **strides(v, "v"), **strides(grad_out, "g"), **call.mods(), **call.sizes(),
-        "kv_batch": p.kv_batch, "q_heads": p.q_heads, "kv_heads": p.kv_heads, "group": p.group, "q_len": p.q_len,
-        "kv_len": p.kv_len, "FOLD": call.folds(), "FUSED": call.fuses(),
+    return call.arguments() | strides(grad_out, "g") | {
+        "grad_out": grad_out, "saved_max": row_max, "saved_sum": log_sum, "delta": _delta(call, output, grad_out, grad_lse),
     }  # fmt: skip
 
 
@@ -102,14 +96,12 @@ def _delta(call: Call, output: Output, grad_out: Tensor, grad_lse: Tensor | None
 def _by_queries(call: Call, arguments: dict[str, Any]) -> Tensor:
     p = call.problem
     d_query = torch.empty(p.batch, p.q_heads, p.q_len, p.head_dim, dtype=p.dtype, device=call.device)
-    arguments = arguments | call.walk(by_column=False) | {"d_query": d_query}
-    q_block = min(p.block_size[0], p.q_len) if p.block_size else p.q_len
+    arguments = arguments | call.walk(by_column=False, heads=p.q_heads) | {"d_query": d_query}
 
     def launch(function: Any, tile: Tile) -> None:
-        q_tiles = -(-q_block // tile.q)
-        more = _tile(p, tile) if p.block_size else _tile(p, tile) | {"Q_BLOCK": 1 << 30, "columns": -(-p.kv_len // tile.kv)}
+        q_tiles = -(-q_side(p) // tile.q)
         count = arguments["list_rows"] * q_tiles * arguments["replicas"]
-        call.twice(function, (count,), arguments | more | {"Q_TILES": q_tiles})
+        call.twice(function, (count,), arguments | call.row_tile(tile) | {"Q_TILES": q_tiles})
 
     call.run("backward_q", launch)
     return d_query
@@ -134,11 +126,7 @@ def _by_keys(
         return torch.empty(p.batch, units, p.kv_len, width, dtype=dtype, device=call.device) if needed else None
 
     d_key, d_value = target(need[1], call.tensors.key, p.head_dim), target(need[2], call.tensors.value, p.value_dim)
-    walk = call.walk(by_column=True)
-    heads = 1 if mask is None else mask.H
-    walk |= {"replicas": (p.batch if mask is None or mask.B == 1 else 1) * (units if heads == 1 else 1)}
-    walk["section"] = min(walk["section"], walk["replicas"])
-    arguments = arguments | walk | sums | {
+    arguments = arguments | call.walk(by_column=True, heads=units) | sums | {
         "d_query": d_query, "d_key": d_key, "d_value": d_value, "members": p.group if units == p.kv_heads else 1,
         "ALONE": units == p.q_heads,
         "ATOMIC_Q": d_query is not None, "NEED_K": need[1], "NEED_V": need[2], "SCATTER": bool(sums),
@@ -146,7 +134,7 @@ def _by_keys(
 
     def launch(function: Any, tile: Tile) -> None:
         kv_tiles = -(-kv_block // tile.kv)
-        more = _tile(p, tile)
+        more = call.row_tile(tile)
         if p.block_size is None:
             more |= {"KV_BLOCK": 1 << 30, "Q_BLOCK": tile.q, "rows": -(-p.q_len // tile.q), "columns": 1}
         count = arguments["list_rows"] * kv_tiles * arguments["replicas"]
@@ -154,12 +142,6 @@ def _by_keys(
 
     call.run("backward_kv", launch)
     return _folded(d_key, call.tensors.key), _folded(d_value, call.tensors.value)
-
-
-def _tile(problem: Problem, tile: Tile) -> dict[str, Any]:
-    q_block, kv_block = block_sides(problem) if problem.block_size else (tile.q, tile.kv)
-    sizes = {"BLOCK_M": tile.q, "BLOCK_N": tile.kv, "Q_BLOCK": q_block, "KV_BLOCK": kv_block}
-    return sizes | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _folded(grad: Tensor | None, like: Tensor) -> Tensor | None:

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 _FLEX = "the default of torch 2.13's flex_attention here, found by its authors' autotuning; it compiles without spills"
 _CLEAN = "the largest of those tried that compile ahead of time without spills"
 _LEAST = "the least tile: products of this type, or rows of this length, leave no room for more"
-_SMALL = "decoding is bound by memory: many small programs with deep pipelines; 128 registers or fewer on sm_90"
+_SMALL = "decoding is bound by memory: many small programs with deep pipelines"
 _REST = tuple(Row(0, size, 1 << 20, Tile(16, 16, 4, 1), _LEAST) for size in (2, 4, 8))
 TABLE: dict[str, tuple[Row, ...]] = {
     "forward": (

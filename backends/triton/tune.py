@@ -39,7 +39,7 @@ def tune(problem: Problem, tensors: Tensors, time_of: Clock, capability: tuple[i
     found: dict[str, dict] = {}
     width = tiles.padded(max(problem.head_dim, problem.value_dim))
     for kernel in KERNELS:
-        if (kernel == "decode") != launch.decodes(problem, tensors):
+        if (kernel == "decode") != launch.decodes(problem):
             continue
         for tile in candidates(kernel):
             seconds = _seconds(kernel, tile, problem, tensors, time_of)

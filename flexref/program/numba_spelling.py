@@ -5,6 +5,9 @@ The names in it (`real`, `select`, `maths`, `INF`) are what each engine's kernel
 """
 from __future__ import annotations
 
+from flexref.program.emitter import Emitter, float_class
+from flexref.program.ir import Graph, Node
+
 SPELL: dict[str, str | dict[str, str]] = {
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
@@ -70,3 +73,33 @@ SPELL: dict[str, str | dict[str, str]] = {
     "float_to_int": "maths.to_int({0})",
     "bool_to_int": "int64({0})",
 }
+
+
+class NumbaSpelling(Emitter):
+    """What both emitters print alike; each says for itself how a captured tensor is read. `small`: int nodes of 32 bits."""
+
+    spell = SPELL
+    small: frozenset[int] = frozenset()
+
+    def literal(self, value: bool | int | float, type: str) -> str:
+        if type == "bool":
+            return str(bool(value))
+        if type == "int":
+            return str(value)
+        word = {"nan": "NAN", "inf": "INF", "-inf": "-INF"}.get(float_class(float(value)))
+        return word or f"real({float(value)!r})"
+
+    def read(self, name: str, position: int, node: Node, graph: Graph, names: list[str]) -> list[str]:
+        """The lines that give `name` one element of captured tensor `node.attr`."""
+        raise NotImplementedError
+
+    def statements(self, name: str, node: Node, graph: Graph, names: list[str]) -> list[str]:
+        position = len(names)
+        if node.op == "load":
+            return self.read(name, position, node, graph, names)
+        (line,) = super().statements(name, node, graph, names)
+        if node.type == "bool":
+            return [line]
+        value = line.partition(" = ")[2]
+        kind = "real" if node.type == "float" else "int32" if position in self.small else "int64"
+        return [f"{name} = {kind}({value})"]
