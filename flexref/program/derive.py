@@ -1,7 +1,8 @@
 """The derivative of a program, as a program: by PyTorch's own autograd, so that there is no table of rules to keep.
 
 Every load and captured number becomes an argument, which leaves a pure pointwise function; autograd runs over the
-Values of tape.py and so writes the derivative in the same operators that trace.py reads.
+Values of tape.py and so writes the derivative in the same operators that trace.py reads. Only what a branch that was not
+taken contributes, which is nothing, is put right afterwards (branches.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from flexref.program.branches import TakenBranches, masked_conditions
 from flexref.program.builder import Builder, Ref
 from flexref.program.interpret import dtype_of, evaluate
 from flexref.program.ir import INPUT_TYPES, Graph
@@ -29,6 +31,7 @@ def derive(graph: Graph, wanted_loads: tuple[int, ...] = ()) -> Graph:
     acc = torch.float64
     builder = Builder()
     places = builder.copy(graph)
+    forward = len(builder.nodes)
     inputs = {name: Value(builder, Ref(builder.input(name)), dtype_of(INPUT_TYPES[name], acc)) for name in _INPUTS}
     free = {
         i: Value(builder, Ref(places[i]), dtype_of(node.type, acc))
@@ -44,6 +47,10 @@ def derive(graph: Graph, wanted_loads: tuple[int, ...] = ()) -> Graph:
         else:
             results = [None] * len(varied)
     refs = [builder.const(0.0) if x is None else returned(builder, x, "float") for x in results]
+    masked = frozenset((places[i], value) for i, value in masked_conditions(graph))
+    taken = TakenBranches(builder.nodes, forward, masked)
     loads = tuple(places[i] for i in wanted_loads)
-    outputs = {"score": refs[0], **{f"load{at}": ref for at, ref in zip(loads, refs[1:], strict=True)}}
-    return builder.graph(outputs, kept=loads)
+    # a load is never a cotangent, so it has only moved
+    moved = tuple(taken.places[at] for at in loads)
+    outputs = {f"load{to}": taken.settled(ref) for to, ref in zip(moved, refs[1:], strict=True)}
+    return taken.builder.graph({"score": taken.settled(refs[0]), **outputs}, kept=moved)

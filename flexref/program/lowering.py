@@ -6,14 +6,12 @@ is not pointwise, or not known; trace.py turns that into an error with the user'
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 
+from flexref.program.activations import ACTIVATIONS, clamp
 from flexref.program.builder import Builder, Ref, type_of
-
-Row = Callable[..., Ref]
+from flexref.program.special import SPECIAL
+from flexref.program.terms import Row, formula
 
 
 def _same(name: str) -> Row:
@@ -71,54 +69,8 @@ def _pow(g: Builder, a, b, **_) -> Ref:
     return product
 
 
-def _clamp(g: Builder, x, low=None, high=None, **_) -> Ref:
-    """By selection, so that the derivative at a bound is 1, as PyTorch's is; maximum would share it out."""
-    x = x if low is None else g.op("where", g.op("lt", x, low), low, x)
-    return _identity(g, x if high is None else g.op("where", g.op("gt", x, high), high, x))
-
-
-def _hardtanh(g: Builder, x, low=-1, high=1, **_) -> Ref:
-    """A clamp whose derivative at a bound is 0."""
-    x = g.op("where", g.op("le", x, low), low, x)
-    return g.op("where", g.op("ge", x, high), high, x)
-
-
-def _relu(g: Builder, x, **_) -> Ref:
-    return g.op("where", g.op("le", x, 0), 0, x)
-
-
-def _silu(g: Builder, x, **_) -> Ref:
-    return g.op("mul", x, g.op("sigmoid", x))
-
-
-def _gelu(g: Builder, x, approximate="none", **_) -> Ref:
-    half = g.op("mul", x, 0.5)
-    if approximate == "tanh":
-        cube = g.op("mul", g.op("mul", x, x), x)
-        inner = g.op("mul", g.op("add", x, g.op("mul", cube, 0.044715)), math.sqrt(2 / math.pi))
-        return g.op("mul", half, g.op("add", g.op("tanh", inner), 1.0))
-    return g.op("mul", half, g.op("add", g.op("erf", g.op("mul", x, math.sqrt(0.5))), 1.0))
-
-
-def _leaky_relu(g: Builder, x, slope=0.01, **_) -> Ref:
-    return g.op("where", g.op("gt", x, 0), x, g.op("mul", x, slope))
-
-
-def _elu(g: Builder, x, alpha=1.0, scale=1.0, input_scale=1.0, **_) -> Ref:
-    low = g.op("mul", g.op("expm1", g.op("mul", x, input_scale)), alpha * scale)
-    return g.op("where", g.op("gt", x, 0), g.op("mul", x, scale), low)
-
-
 def _reciprocal(g: Builder, x, **_) -> Ref:
     return g.op("div", 1.0, x)
-
-
-def _log10(g: Builder, x, **_) -> Ref:
-    return g.op("mul", g.op("log", x), 1 / math.log(10.0))
-
-
-def _erfc(g: Builder, x, **_) -> Ref:
-    return g.op("sub", 1.0, g.op("erf", x))
 
 
 def _if_float(name: str) -> Row:
@@ -160,6 +112,10 @@ _SAME = [
     "atanh",
     "sigmoid",
     "erf",
+    "erfc",
+    "lgamma",
+    "hypot",
+    "copysign",
     "lt",
     "le",
     "gt",
@@ -171,6 +127,8 @@ _SAME = [
 
 LOWERING: dict[str, Row] = {
     **{name: _same(name) for name in _SAME},
+    **ACTIVATIONS,
+    **SPECIAL,
     "sgn": _same("sign"),
     "sign": _same("sign"),
     "floor": _if_float("floor"),
@@ -200,17 +158,9 @@ LOWERING: dict[str, Row] = {
     "bitwise_right_shift": _same("shift_right"),
     "__lshift__": _same("shift_left"),
     "__rshift__": _same("shift_right"),
-    "clamp": _clamp,
-    "clamp_min": lambda g, x, low, **_: _clamp(g, x, low),
-    "clamp_max": lambda g, x, high, **_: _clamp(g, x, None, high),
-    "hardtanh": _hardtanh,
-    "relu": _relu,
-    "silu": _silu,
-    "gelu": _gelu,
-    "leaky_relu": _leaky_relu,
-    "elu": _elu,
-    "log10": _log10,
-    "erfc": _erfc,
+    "clamp": formula(clamp),
+    "clamp_min": formula(clamp),
+    "clamp_max": formula(lambda x, high, **_: clamp(x, None, high)),
     "_to_copy": _convert,
     "to": _convert,
     "convert_element_type": _convert,

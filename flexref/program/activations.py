@@ -1,0 +1,108 @@
+"""torch.nn.functional's pointwise activations in the program's operations, in the form that PyTorch computes them in.
+
+A choice is a `where`, and its condition is such that the derivative at the edge is PyTorch's: there the branch counts that
+is taken.
+"""
+
+from __future__ import annotations
+
+import math
+
+from flexref.program.terms import Term, op, rows, where
+
+
+def clamp(x: Term, low=None, high=None, **_) -> Term:
+    """By selection, so that the derivative at a bound is 1, as PyTorch's is; maximum would share it out."""
+    x = x if low is None else where(x < low, low, x)
+    return x if high is None else where(x > high, high, x)
+
+
+def hardtanh(x: Term, low=-1, high=1, **_) -> Term:
+    """A clamp whose derivative at a bound is 0."""
+    x = where(x <= low, low, x)
+    return where(x >= high, high, x)
+
+
+def relu(x: Term, **_) -> Term:
+    return where(x <= 0, 0, x)
+
+
+def silu(x: Term, **_) -> Term:
+    return x * op("sigmoid", x)
+
+
+def gelu(x: Term, approximate="none", **_) -> Term:
+    half = x * 0.5
+    if approximate == "tanh":
+        inner = (x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)
+        return half * (op("tanh", inner) + 1.0)
+    return half * (op("erf", x * math.sqrt(0.5)) + 1.0)
+
+
+def leaky_relu(x: Term, slope=0.01, **_) -> Term:
+    return where(x > 0, x, x * slope)
+
+
+def elu(x: Term, alpha=1.0, scale=1.0, input_scale=1.0, **_) -> Term:
+    low = op("expm1", _times(x, input_scale))
+    return where(x > 0, _times(x, scale), _times(low, alpha * scale))
+
+
+def celu(x: Term, alpha=1.0, **_) -> Term:
+    return elu(x, alpha, 1.0, 1.0 / alpha)
+
+
+def _times(x: Term, factor: float) -> Term:
+    return x if factor == 1 else x * factor
+
+
+def softplus(x: Term, beta=1.0, threshold=20.0, **_) -> Term:
+    scaled = _times(x, beta)
+    return where(scaled > threshold, x, _times(op("log1p", op("exp", scaled)), 1.0 / beta))
+
+
+def mish(x: Term, **_) -> Term:
+    return x * op("tanh", softplus(x))
+
+
+def log_sigmoid(x: Term, **_) -> Term:
+    return op("minimum", x, 0.0) - op("log1p", op("exp", -abs(x)))
+
+
+def hardsigmoid(x: Term, **_) -> Term:
+    return hardtanh(x + 3.0, 0.0, 6.0) / 6.0
+
+
+def hardswish(x: Term, **_) -> Term:
+    return where(x <= -3.0, 0.0, where(x >= 3.0, x, x * (x + 3.0) / 6.0))
+
+
+def hardshrink(x: Term, bound=0.5, **_) -> Term:
+    return where((x >= -bound) & (x <= bound), 0.0, x)
+
+
+def softshrink(x: Term, bound=0.5, **_) -> Term:
+    return where(x > bound, x - bound, where(x < -bound, x + bound, x * 0.0))
+
+
+def threshold(x: Term, bound, value, **_) -> Term:
+    return where(x <= bound, value, x)
+
+
+ACTIVATIONS = rows(
+    hardtanh=hardtanh,
+    relu=relu,
+    silu=silu,
+    gelu=gelu,
+    leaky_relu=leaky_relu,
+    elu=elu,
+    celu=celu,
+    softplus=softplus,
+    mish=mish,
+    log_sigmoid=log_sigmoid,
+    hardsigmoid=hardsigmoid,
+    hardswish=hardswish,
+    hardshrink=hardshrink,
+    softshrink=softshrink,
+    threshold=threshold,
+)
