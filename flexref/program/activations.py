@@ -44,7 +44,9 @@ def leaky_relu(x: Term, slope=0.01, **_) -> Term:
 
 
 def elu(x: Term, alpha=1.0, scale=1.0, input_scale=1.0, **_) -> Term:
-    low = op("expm1", _times(x, input_scale))
+    scaled = _times(x, input_scale)
+    # the derivative of expm1 is expm1 + 1, which keeps no digit far below 0
+    low = where(scaled < -1.0, op("exp", scaled) - 1.0, op("expm1", scaled))
     return where(x > 0, _times(x, scale), _times(low, alpha * scale))
 
 
@@ -65,16 +67,12 @@ def mish(x: Term, **_) -> Term:
     return x * op("tanh", softplus(x))
 
 
-def log_sigmoid(x: Term, **_) -> Term:
-    return op("minimum", x, 0.0) - op("log1p", op("exp", -abs(x)))
-
-
 def hardsigmoid(x: Term, **_) -> Term:
     return hardtanh(x + 3.0, 0.0, 6.0) / 6.0
 
 
 def hardswish(x: Term, **_) -> Term:
-    return where(x <= -3.0, 0.0, where(x >= 3.0, x, x * (x + 3.0) / 6.0))
+    return where(x <= -3.0, x * 0.0, where(x >= 3.0, x, x * (x + 3.0) / 6.0))
 
 
 def hardshrink(x: Term, bound=0.5, **_) -> Term:
@@ -99,7 +97,9 @@ ACTIVATIONS = rows(
     celu=celu,
     softplus=softplus,
     mish=mish,
-    log_sigmoid=log_sigmoid,
+    # what autograd asks for
+    tanh_backward=lambda grad, result, **_: grad * (1.0 - result * result),
+    sigmoid_backward=lambda grad, result, **_: grad * (1.0 - result) * result,
     hardsigmoid=hardsigmoid,
     hardswish=hardswish,
     hardshrink=hardshrink,

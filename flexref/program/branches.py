@@ -49,7 +49,7 @@ class TakenBranches:
     def __init__(self, nodes: list[Node], forward: int, masked: frozenset[tuple[int, bool]]):
         self.nodes, self.forward, self.masked = nodes, forward, masked
         self.builder = Builder()
-        # of each node: where it is now, whether `grad` goes into it, where it may be other than 0, whether it may be NaN elsewhere
+        # of each node: where it is now, whether `grad` goes into it, where it counts, whether it may be NaN elsewhere
         self.places: list[int] = []
         self.cotangent: list[bool] = []
         self.alive: list[Condition] = []
@@ -76,8 +76,11 @@ class TakenBranches:
         """Whether `grad` goes into it. A zero that autograd made itself, as the derivative of floor, goes on as one."""
         if node.op == "input":
             return node.attr == "grad"
-        from_zero = i >= self.forward and node.op in ("mul", "div", "neg") and self._is_zero(node.args[0])
-        return node.type == "float" and (from_zero or any(self.cotangent[a] for a in node.args))
+        if node.type != "float":
+            return False
+        zeros = [self._is_zero(a) for a in node.args]
+        from_zero = node.op in ("neg", "mul") and any(zeros) or node.op == "div" and zeros[0] or node.op == "where" and all(zeros[1:])
+        return (i >= self.forward and from_zero) or any(self.cotangent[a] for a in node.args)
 
     def settled(self, i: int) -> int:
         """Where the node is now, with what is not taken made 0."""
@@ -86,6 +89,9 @@ class TakenBranches:
         zero = self.builder.const(0.0)
         if isinstance(self.alive[i], bool):
             return zero
+        condition = self.builder.nodes[int(self.alive[i])]
+        if condition.op == "not":
+            return self.builder.node("where", (condition.args[0], zero, self.places[i]), "float")
         return self.builder.node("where", (int(self.alive[i]), self.places[i], zero), "float")
 
     def _is_zero(self, i: int) -> bool:

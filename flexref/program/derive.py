@@ -27,11 +27,22 @@ def derive(graph: Graph, wanted_loads: tuple[int, ...] = ()) -> Graph:
     `wanted_loads` are positions of float loads in `graph`. Outputs: "score", and "load<position>" for each wanted
     load, the position being that of the same load in the graph returned, where its indices stand too.
     """
-    # constants must keep all their bits; the program's float is whatever the kernel's is
-    acc = torch.float64
     builder = Builder()
     places = builder.copy(graph)
     forward = len(builder.nodes)
+    score, *loads = by_autograd(builder, places, graph, wanted_loads)
+    masked = frozenset((places[i], value) for i, value in masked_conditions(graph))
+    taken = TakenBranches(builder.nodes, forward, masked)
+    # a load is no part of a gradient, so it has only moved
+    moved = tuple(taken.places[places[i]] for i in wanted_loads)
+    outputs = {f"load{at}": taken.settled(ref) for at, ref in zip(moved, loads, strict=True)}
+    return taken.builder.graph({"score": taken.settled(score), **outputs}, kept=moved)
+
+
+def by_autograd(builder: Builder, places: list[int], graph: Graph, wanted_loads: tuple[int, ...]) -> list[int]:
+    """Adds the derivative to `builder`, where the nodes of `graph` are at `places`: those by score and by each wanted load."""
+    # constants must keep all their bits; the program's float is whatever the kernel's is
+    acc = torch.float64
     inputs = {name: Value(builder, Ref(builder.input(name)), dtype_of(INPUT_TYPES[name], acc)) for name in _INPUTS}
     free = {
         i: Value(builder, Ref(places[i]), dtype_of(node.type, acc))
@@ -46,11 +57,4 @@ def derive(graph: Graph, wanted_loads: tuple[int, ...] = ()) -> Graph:
             results = torch.autograd.grad(out, varied, inputs["grad"], allow_unused=True)
         else:
             results = [None] * len(varied)
-    refs = [builder.const(0.0) if x is None else returned(builder, x, "float") for x in results]
-    masked = frozenset((places[i], value) for i, value in masked_conditions(graph))
-    taken = TakenBranches(builder.nodes, forward, masked)
-    loads = tuple(places[i] for i in wanted_loads)
-    # a load is never a cotangent, so it has only moved
-    moved = tuple(taken.places[at] for at in loads)
-    outputs = {f"load{to}": taken.settled(ref) for to, ref in zip(moved, refs[1:], strict=True)}
-    return taken.builder.graph({"score": taken.settled(refs[0]), **outputs}, kept=moved)
+    return [builder.const(0.0) if x is None else returned(builder, x, "float") for x in results]

@@ -61,16 +61,33 @@ def _mul(g: Builder, a, b, **_) -> Ref:
 
 
 def _pow(g: Builder, a, b, **_) -> Ref:
-    if not isinstance(b, (int, float)) or b not in (1, 2, 3, 4):
+    """A power that PyTorch computes in another way, which differs at 0 and at -inf, is that other thing here too."""
+    if not isinstance(b, (int, float)) or b not in _POWERS:
         return g.op("pow", a, b)
-    product = _identity(g, a)
-    for _ in range(int(b) - 1):
-        product = g.op("mul", product, a)
-    return product
+    return _POWERS[b](g, a)
+
+
+def _product(count: int) -> Row:
+    def row(g: Builder, a, **_):
+        product = _identity(g, a)
+        for _ in range(count - 1):
+            product = g.op("mul", product, a)
+        return product
+
+    return row
 
 
 def _reciprocal(g: Builder, x, **_) -> Ref:
     return g.op("div", 1.0, x)
+
+
+_POWERS: dict[float, Row] = {
+    **{n: _product(n) for n in (1, 2, 3, 4)},
+    0.5: _same("sqrt"),
+    -0.5: _same("rsqrt"),
+    -1: _reciprocal,
+    -2: lambda g, a, **_: g.op("div", 1.0, g.op("mul", a, a)),
+}
 
 
 def _if_float(name: str) -> Row:
@@ -134,7 +151,6 @@ LOWERING: dict[str, Row] = {
     "floor": _if_float("floor"),
     "ceil": _if_float("ceil"),
     "trunc": _if_float("trunc"),
-    "round": _if_float("round"),
     "isnan": _unary_test("isnan"),
     "isinf": _unary_test("isinf"),
     "add": _add("add"),
@@ -190,6 +206,7 @@ LOWERING: dict[str, Row] = {
             "reshape",
             "contiguous",
             "positive",
+            "conj_physical",
             "real",
             "permute",
         ],
@@ -205,4 +222,16 @@ def operator_name(target) -> str:
     return "true_divide" if name == "truediv" else name
 
 
-INVALID_DTYPES = frozenset({torch.complex64, torch.complex128, torch.uint8, torch.int8, torch.int16})
+# arithmetic in these could wrap, or rounds as a program does not
+INVALID_DTYPES = frozenset(
+    {torch.complex64, torch.complex128, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64}
+)
+_NEVER_WRAPS = frozenset({"bitwise_and", "bitwise_or", "bitwise_xor", "minimum", "maximum"})
+
+
+def stays_small(name: str, dtype: torch.dtype, args: tuple) -> bool:
+    """Whether an operator on small integers gives the same in 64 bits as in theirs."""
+    if name not in _NEVER_WRAPS or dtype.is_complex:
+        return False
+    limits = torch.iinfo(dtype)
+    return all(limits.min <= x <= limits.max for x in args if isinstance(x, int))

@@ -39,7 +39,8 @@ def _times_log(x: Term, y: Term, log: Term, outside: Term) -> Term:
 
 
 def entr(x: Term, **_) -> Term:
-    return where(x > 0.0, -x * op("log", x), where(x.equals(0.0), 0.0, where(x < 0.0, -_INF, x)))
+    """The square root is 0 at 0, and its derivative is infinite, as this one's is."""
+    return where(x > 0.0, -x * op("log", x), where(x.equals(0.0), op("sqrt", x + 0.0), where(x < 0.0, -_INF, x)))
 
 
 def logit(x: Term, eps=None, **_) -> Term:
@@ -79,10 +80,24 @@ def digamma(x: Term, **_) -> Term:
         series = c * z if series is None else (series + c) * z
     assert series is not None
     value = op("log", y) - 0.5 / y - series - total
-    turn = x - op("trunc", x)
+    turn = x - op("round", x)
     value = where(reflected, value - math.pi / op("tan", turn * math.pi), value)
     pole = x.equals(0.0)
     return where(reflected & turn.equals(0.0), float("nan"), where(pole, op("copysign", -_INF, -op("copysign", 1.0, x)), value))
+
+
+def round_to(x: Term, decimals=0, **_) -> Term:
+    """To so many decimals; a whole number stays as it is."""
+    if x.type != "float":
+        return x
+    if decimals == 0:
+        return op("round", x)
+    power = 10.0 ** abs(decimals)
+    return op("round", x * power) / power if decimals > 0 else op("round", x / power) * power
+
+
+def heaviside(x: Term, at_zero, **_) -> Term:
+    return where(x.equals(0.0), at_zero, op("int_to_float", op("bool_to_int", x > 0.0)))
 
 
 def signbit(x: Term, **_) -> Term:
@@ -109,6 +124,11 @@ SPECIAL = rows(
     special_ndtr=ndtr,
     digamma=digamma,
     signbit=signbit,
+    addcmul=lambda x, a, b, value=1, **_: x + a * b * value if value != 1 else x + a * b,
+    addcdiv=lambda x, a, b, value=1, **_: x + a / b * value if value != 1 else x + a / b,
+    round=round_to,
+    heaviside=heaviside,
+    isfinite=lambda x, **_: abs(x) < _INF,
     fmax=fmax,
     fmin=fmin,
     square=lambda x, **_: x * x,

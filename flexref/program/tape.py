@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexref.program.builder import Builder, Ref, type_of
-from flexref.program.lowering import INVALID_DTYPES, LOWERING, operator_name
+from flexref.program.lowering import INVALID_DTYPES, LOWERING, operator_name, stays_small
 
 # PyTorch's functions and methods whose arguments, where all are positional, are those of the row of LOWERING.
 # trace.py applies these itself: the first operator that PyTorch dispatches to Python costs half a second of imports.
@@ -100,7 +100,11 @@ class Value(Tensor):
         if name not in LOWERING:
             if func not in _decompositions():
                 raise NotPointwise(name)
-            return _decompositions()[func](*args, **kwargs)
+            try:
+                return _decompositions()[func](*args, **kwargs)
+            except NotPointwise as inner:
+                # what the mod wrote, not what PyTorch makes of it
+                raise NotPointwise(name, inner.why) from None
         value = apply(name, func, args, kwargs)
         if in_place:
             # only autograd's own formulas come here, also to write a Value into a constant, as in `1 - x`;
@@ -114,7 +118,7 @@ def apply(name: str, func: Callable, args: tuple, kwargs: dict) -> Value:
     """The Value of one operator: its row of LOWERING says what it means, PyTorch says what dtype it gives."""
     builder = next(x.builder for x in flatten((args, tuple(kwargs.values()))) if isinstance(x, Value))
     example = func(*map_leaves(args, _example), **{k: _example(v) for k, v in kwargs.items()})
-    dtype = _result_dtype(name, example)
+    dtype = _result_dtype(name, example, args)
     row_args = map_leaves(args, _row_argument)
     ref = LOWERING[name](builder, *row_args, **{k: _row_argument(v) for k, v in kwargs.items()})
     return Value(builder, Ref(builder.cast(ref, type_of(dtype))), dtype)
@@ -127,11 +131,11 @@ def _decompositions() -> dict:
     return decomposition_table
 
 
-def _result_dtype(name: str, result) -> torch.dtype:
+def _result_dtype(name: str, result, args: tuple) -> torch.dtype:
     if not isinstance(result, Tensor) or result.dim() > 0:
         shape = tuple(result.shape) if isinstance(result, Tensor) else "more than one"
         raise NotPointwise(name, f"it gives a tensor of shape {shape}")
-    if result.dtype in INVALID_DTYPES:
+    if result.dtype in INVALID_DTYPES and not stays_small(name, result.dtype, args):
         raise NotPointwise(name, f"it gives {result.dtype}; use bool, int32, int64 or a float type")
     return result.dtype
 

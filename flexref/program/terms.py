@@ -17,6 +17,10 @@ class Term:
     def __init__(self, builder: Builder, ref: Ref):
         self.builder, self.ref = builder, ref
 
+    @property
+    def type(self) -> str:
+        return self.builder.type(self.ref)
+
     def __neg__(self) -> Term:
         return op("neg", self)
 

@@ -18,7 +18,8 @@ math = SimpleNamespace(
     inf=_math.inf, nan=_math.nan, exp=np.exp, log=np.log, sqrt=np.sqrt, tanh=np.tanh, fmod=np.fmod,
     sin=np.sin, cos=np.cos, tan=np.tan, asin=np.arcsin, acos=np.arccos, atan=np.arctan, atan2=np.arctan2,
     sinh=np.sinh, cosh=np.cosh, asinh=np.arcsinh, acosh=np.arccosh, atanh=np.arctanh,
-    erf=lambda x: type(x)(_math.erf(x)),
+    hypot=np.hypot, copysign=np.copysign, erf=lambda x: type(x)(_math.erf(x)), erfc=lambda x: type(x)(_math.erfc(x)),
+    lgamma=lambda x: type(x)(_math.inf if x <= 0 and x == np.floor(x) else _math.lgamma(x)),
 )  # fmt: skip
 
 
