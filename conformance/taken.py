@@ -45,47 +45,52 @@ class _OneShape(TorchFunctionMode):
 
 
 class _Follower:
-    """Knows for every step between a mod's result and what it was made of where its gradient counts."""
+    """Knows for every step between a mod's result and what it was made of where its gradient counts.
+
+    Steps are known by numbers: a hook that held its own step would keep both, and all that autograd saved, for ever.
+    """
 
     def __init__(self, root: Any, ends: set):
-        self.counts: dict[tuple[Any, int], Tensor] = {}
-        todo, seen = [root], set(ends)
+        self.counts: dict[tuple[int, int], Tensor] = {}
+        numbers = {root: 0}
+        todo = [root]
         while todo:
             node = todo.pop()
-            if node in seen or node.name().endswith("AccumulateGrad"):
-                continue
-            seen.add(node)
-            node.register_hook(self._hook(node))
-            todo += [after for after, _ in node.next_functions if after is not None]
+            after = []
+            for following, place in node.next_functions:
+                if following is not None and following not in numbers:
+                    numbers[following] = len(numbers)
+                    if following not in ends and not following.name().endswith("AccumulateGrad"):
+                        todo.append(following)
+                after.append((numbers.get(following, -1), place))
+            node.register_hook(self._hook(numbers[node], node, tuple(after)))
 
-    def _hook(self, node: Any) -> Callable:
-        kind = node.name().removeprefix("struct ").split("Backward")[0]
+    def _hook(self, number: int, node: Any, after: tuple) -> Callable:
+        kind = node.name().split("Backward")[0]
         passes: tuple = ()
         if kind in _SELECTING:
-            shape, dtype = node._input_metadata[0].shape, node._input_metadata[0].dtype
-            passes = tuple(None if g is None else g != 0 for g in _as_tuple(node(torch.ones(shape, dtype=dtype))))
+            made = node._input_metadata[0]
+            passes = tuple(None if g is None else g != 0 for g in _as_tuple(node(torch.ones(made.shape, dtype=made.dtype))))
 
         def hook(grads_in: tuple, grads_out: tuple) -> tuple:
-            counts = self.counts.pop((node, 0), None)
+            counts = self.counts.pop((number, 0), None)
+            if number == 0:
+                self.counts.clear()
             handed = []
-            for i, (grad, (after, place)) in enumerate(zip(grads_in, node.next_functions, strict=True)):
+            for i, (grad, to) in enumerate(zip(grads_in, after, strict=True)):
                 here = counts
                 if passes and passes[i] is not None:
                     here = passes[i] if counts is None else counts & passes[i]
-                if grad is not None and here is not None:
-                    grad = self._hand_on(kind, grad, here, (after, place))
-                elif grad is not None:
-                    self.counts[after, place] = torch.ones(grad.shape, dtype=torch.bool)
-                handed.append(grad)
+                handed.append(None if grad is None else self._hand_on(kind, grad, here, to))
             return tuple(handed)
 
         return hook
 
-    def _hand_on(self, kind: str, grad: Tensor, here: Tensor, to: tuple) -> Tensor:
-        if kind == "Expand":
+    def _hand_on(self, kind: str, grad: Tensor, here: Tensor | None, to: tuple) -> Tensor:
+        if here is not None and kind == "Expand":
             here = here.double().sum_to_size(grad.shape) > 0
-        elif kind in _MOVING or here.shape != grad.shape:
-            here = torch.ones(grad.shape, dtype=torch.bool)
+        elif here is None or kind in _MOVING or here.shape != grad.shape:
+            here = torch.ones(grad.shape, dtype=torch.bool, device=grad.device)
         else:
             grad = torch.where(here, grad, 0.0)
         before = self.counts.get(to)

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from emitted_table import run
+from operations_table import ONE, PAIRS, POINTS, TWO
 from torch import Tensor
 
 from flexref.arguments import prepare
@@ -16,8 +18,6 @@ from flexref.program.derive import derive
 from flexref.program.interpret import interpret
 from flexref.program.trace import Traced, trace
 from flexref.reference import einsum
-from emitted_table import run
-from operations_table import ONE, PAIRS, POINTS, TWO
 
 # where the sum of a function's own terms is much more than the result, as near a zero; in float64 PyTorch's is off by 5e-11
 SLACK = {"lgamma": 2**-21, "digamma": 2**-21, "special.psi": 2**-21, "special.gammaln": 2**-21}
@@ -37,7 +37,9 @@ TABLE = [*((name, f, 1) for name, f in ONE.items()), *((name, f, 2) for name, f 
 def traced(function, count: int, dtype: torch.dtype) -> Traced:
     """The function as a mod; its second number is an element of a captured tensor."""
     second = XS[2][1].to(dtype)
-    return trace((lambda s, b, h, q, k: function(s)) if count == 1 else (lambda s, b, h, q, k: function(s, second[q])), "score", dtype)
+    if count == 1:
+        return trace(lambda s, b, h, q, k: function(s), "score", dtype)
+    return trace(lambda s, b, h, q, k: function(s, second[q]), "score", dtype)
 
 
 def derivative(mod: Traced):
@@ -86,7 +88,8 @@ def judge(name: str, got: list[Tensor], plain: list[Tensor], exact: list[Tensor]
         wrong = decided & ((kind(a) != kind(c)) | (c.isfinite() & ((a - c).abs() > budget)))
         if i:
             wrong &= ~torch.tensor([(name, *pair) in UNDEFINED for pair in zip(*(x.tolist() for x in xs), strict=True)])
-        told = [f"at {[x[j].item() for x in xs]}: {a[j]}, PyTorch {b[j]}, float64 {c[j]}" for j in wrong.nonzero().flatten().tolist()]
+        places = wrong.nonzero().flatten().tolist()
+        told = [f"at {[x[j].item() for x in xs]}: {a[j]}, PyTorch {b[j]}, float64 {c[j]}" for j in places]
         assert not told, f"{name}, {'value' if i == 0 else f'gradient {i}'}: {told[:8]}"
         counts = counts & b.isfinite() & c.isfinite()
 
@@ -123,9 +126,9 @@ def test_the_trigamma_function():
 
 
 # one of each operation, and of each composition whose parts are not in it already
-EMITTED = """acos acosh asin asinh atan atanh cos cosh erf erfc exp exp2 expm1 lgamma log log2 log1p rsqrt sigmoid sign sin sinc sinh
-sqrt tan tanh trunc floor ceil round selu logit nan_to_num tests F.gelu F.softplus F.mish F.silu special.entr add div atan2 fmod
-remainder floor_divide hypot copysign logaddexp xlogy maximum minimum pow where""".split()  # fmt: skip
+EMITTED = """acos acosh asin asinh atan atanh cos cosh erf erfc exp exp2 expm1 lgamma log log2 log1p rsqrt sigmoid sign
+sin sinc sinh sqrt tan tanh trunc floor ceil round selu logit nan_to_num tests signs F.gelu F.softplus F.mish F.silu
+special.entr add div atan2 fmod remainder floor_divide hypot copysign logaddexp xlogy maximum minimum pow where""".split()
 
 
 def test_the_emitted_functions_are_pytorchs():

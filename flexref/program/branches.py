@@ -79,8 +79,9 @@ class TakenBranches:
         if node.type != "float":
             return False
         zeros = [self._is_zero(a) for a in node.args]
-        from_zero = node.op in ("neg", "mul") and any(zeros) or node.op == "div" and zeros[0] or node.op == "where" and all(zeros[1:])
-        return (i >= self.forward and from_zero) or any(self.cotangent[a] for a in node.args)
+        nothing = {"neg": any, "mul": any, "div": lambda x: x[0], "where": lambda x: all(x[1:])}.get(node.op)
+        from_zero = i >= self.forward and nothing is not None and nothing(zeros)
+        return from_zero or any(self.cotangent[a] for a in node.args)
 
     def settled(self, i: int) -> int:
         """Where the node is now, with what is not taken made 0."""
