@@ -26,7 +26,7 @@ _loaded: dict[str, int] = {}
 _linkers: list = []
 _MAGIC = b"flexref kernel 1\n"
 # written in LLVM instructions; their source is the name of a number type
-DENSE = ("gemm", "transpose")
+DENSE = ("gemm", "transpose", "team")
 
 
 class CacheWarning(UserWarning):

@@ -11,7 +11,7 @@ from torch import Tensor
 from flexref.backends.numba_cpu import kernels_for
 from flexref.backends.numba_cpu.cache import callable_at
 from flexref.backends.numba_cpu.kernels.layout import P_SIZE, SCRATCH, T_SIZE, P
-from flexref.backends.numba_cpu.workers import share_out
+from flexref.backends.numba_cpu.workers import run_team, services, team_at
 from flexref.index_error import named_index_error
 from flexref.problem import Gradients, Output, Problem, Tensors
 
@@ -40,6 +40,7 @@ def forward(problem: Problem, tensors: Tensors) -> Output:
     if problem.needs_backward:
         saved = torch.empty_like(lse), torch.empty_like(lse)
         call.params[P.row_max], call.params[P.log_sum] = (x.data_ptr() for x in saved)
+    call.keep += [lse, max_scores, *saved]
     call.run(problem.batch * problem.q_heads * call.tile_count)
     return Output(out, lse, max_scores, saved)
 
@@ -74,6 +75,7 @@ def backward(
     call.params[P.splits], call.params[P.partial] = splits, partial.data_ptr()
     call.params[P.static] = int(starts[-1] > 0)
     call.params[P.accumulators], call.params[P.accumulators_size] = accumulators.ctypes.data, accumulators.strides[0]
+    call.keep += [grad_lse, partial, accumulators, *output.saved]
     call.run(heads * splits)
     middle = problem.kv_len * width
     d_key = _summed(partial[..., :middle], tensors.key, width) if need_key else None
@@ -121,7 +123,6 @@ class _Call:
         self.tile_count = int(plan.table[P.tiles])
         self.params = plan.table.copy()
         self.params.view(np.float64)[P.scale] = tensors.scale
-        self.driver = plan.driver
         self.keep: list = []
         for name, x in (("q", tensors.query), ("k", tensors.key), ("v", tensors.value)):
             self.place(name, x)
@@ -132,6 +133,8 @@ class _Call:
         """A tensor's address and its four strides; the stride of a batch that is shared is 0."""
         at = getattr(P, name)
         x = self.kept(x)
+        # a thread that an interrupt left behind may still read or write it
+        self.keep.append(x)
         strides = x.stride()
         shared = x.shape[0] == 1
         self.params[at] = x.data_ptr()
@@ -184,11 +187,7 @@ class _Call:
         scratch = np.empty(workers * size + 64, np.uint8)
         self.params[P.scratch] = (scratch.ctypes.data + 63) // 64 * 64
         self.params[P.tasks], self.params[P.workers] = tasks, workers
-        address = self.params.ctypes.data
-        if workers == 1:
-            self.driver(address, 0)
-        else:
-            share_out(lambda worker: self.driver(address, worker), workers)
+        run_team(self.plan.team, self.plan.driver, self.params, workers, keep=(self, scratch))
         if self.params[P.errors]:
             error = named_index_error(self.problem, self.tensors)
             raise error or IndexError("a captured tensor is indexed out of range.")
@@ -201,7 +200,8 @@ class _Plan:
         p = problem
         options = dict(p.options)
         addresses = kernels_for.addresses(p, backward)
-        self.driver = callable_at(addresses.pop("backward" if backward else "forward"))
+        driver = addresses.pop("backward" if backward else "forward")
+        self.driver, self.team = callable_at(driver), team_at(addresses.pop("team"))
         size = p.acc_dtype.itemsize
         lanes = _vector_bytes() // size
         self.padded_width, self.padded_value_width = -(-p.head_dim // lanes) * lanes, -(-p.value_dim // lanes) * lanes
@@ -218,7 +218,7 @@ class _Plan:
         }  # fmt: skip
         for name, number in numbers.items():
             table[getattr(P, name)] = number
-        for name, address in addresses.items():
+        for name, address in (addresses | services() | {"driver": driver, "poller": -1}).items():
             table[getattr(P, name)] = address
         wide = max(self.padded_width, self.padded_value_width)
         sizes = dict.fromkeys(SCRATCH, 0) | {
