@@ -108,7 +108,7 @@ def _refusal(name: str, x: Tensor) -> str:
     if x.is_quantized:
         return f"{name} is quantised ({x.dtype}); pass x.dequantize()."
     if x.layout != torch.strided:
-        return f"{name} must be a dense tensor, got layout {x.layout}; pass x.to_dense(), and mask what is absent with a mask_mod."
+        return f"{name} must be a dense tensor, got layout {x.layout}; pass x.to_dense() and mask what is absent."
     if torch._is_zerotensor(x):
         return f"{name} is a tensor of zeros that PyTorch has not written anywhere; pass x.clone()."
     if x.device.type == "meta":

@@ -26,6 +26,7 @@ BELOW = {
     "index_proof": "recent problem program",
     "reference": "",
     "tensor_gate": "",
+    "cache_folder": "",
     "arrays": "tensor_gate",
     "argument_shapes": "",
     "program": "errors recent",
@@ -36,7 +37,7 @@ BELOW = {
     "arguments": "errors recent argument_shapes tensor_gate arrays problem program block",
     "autograd": "errors recent backend problem program block",
     "dispatch": "errors recent arrays autograd arguments backend problem program block",
-    "backends": "errors index_error index_proof recent problem program block",
+    "backends": "errors cache_folder index_error index_proof recent problem program block",
     "conformance": "errors recent reference autograd arguments backend problem program block variants",
 }
 BLOCK = ("mask_mods", "mod_objects")
