@@ -35,7 +35,7 @@ def addresses_of(sources: dict[str, str]) -> dict[str, int]:
         with _lock:
             # LLVM works beside Numba: first what it makes alone, and the longest to lower last
             missing = sorted((name for name in keys if keys[name] not in _loaded), key=_begun_when)
-            with _no_garbage_collection(), ThreadPoolExecutor(1) as translator:
+            with _no_garbage_collection(), _translator() as translator:
                 found = [_load_or_compile(f"{n}_{keys[n]}", n, sources[n], translator) for n in missing]
                 for name, address in zip(missing, found, strict=True):
                     _loaded[keys[name]] = address()
@@ -44,6 +44,17 @@ def addresses_of(sources: dict[str, str]) -> dict[str, int]:
 
 def _begun_when(name: str) -> tuple[bool, bool]:
     return name not in DENSE, not name.endswith("_tile")
+
+
+@contextmanager
+def _translator():
+    """A thread for LLVM; an error or an interrupt waits for no more than the one kernel that is being made."""
+    with ThreadPoolExecutor(1) as translator:
+        try:
+            yield translator
+        except BaseException:
+            translator.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager

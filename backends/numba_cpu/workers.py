@@ -61,7 +61,7 @@ def run_team(team: Callable, driver: Callable, params: np.ndarray, workers: int,
 
 @cache
 def services() -> dict[str, int]:
-    """The addresses of what team.py calls, by their names in layout.py; `parallel` is 0 where torch brought no OpenMP of GNU's."""
+    """The addresses of what team.py calls, by their names in layout.py; `parallel` is 0 without GNU's OpenMP."""
     libc, python = ctypes.CDLL(None), ctypes.pythonapi
     found = {
         "clock": libc.clock_gettime,
