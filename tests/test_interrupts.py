@@ -143,3 +143,43 @@ def test_two_threads_one_interrupt_after_the_other():
 
 def test_one_thread():
     run("forward", "backward", threads=1)
+
+
+COMPILING = """
+class Stop(Exception):
+    pass
+
+def handler(*_):
+    raise Stop
+
+signal.signal(signal.SIGALRM, handler)
+table = torch.randn(2)
+x = torch.randn(1, 2, 70, 16)
+
+def call(backend="numba_cpu"):
+    return flexref.flex_attention(x, x, x, lambda s, b, h, i, j: s * table[h] + torch.tanh(s), backend=backend)
+
+for after in (0.05, 0.2, 0.6):
+    start = time.perf_counter()
+    signal.setitimer(signal.ITIMER_REAL, after)
+    try:
+        call()
+    except Stop:
+        assert time.perf_counter() - start - after < 0.5
+    else:
+        assert after == 0.6
+        signal.setitimer(signal.ITIMER_REAL, 0)
+torch.testing.assert_close(call(), call("reference"))
+import gc
+assert gc.isenabled()
+files = os.listdir(os.environ["FLEXREF_CACHE"] + "/numba_cpu")
+assert not [name for name in files if not name.endswith((".o", ".py", ".ll"))], files
+"""
+
+
+def test_an_interrupted_compilation(tmp_path):
+    """It would break Numba's own import, or leave half a kernel, were it not in a thread of its own."""
+    program = "import os, signal, time, torch, flexref\n" + COMPILING
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "FLEXREF_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr

@@ -32,29 +32,28 @@ def addresses_of(sources: dict[str, str]) -> dict[str, int]:
     """The address of each function, by name, from its filled kernel source. Safe from several threads."""
     keys = {name: _key(name, source) for name, source in sources.items()}
     if any(key not in _loaded for key in keys.values()):
-        with _lock:
-            # LLVM works beside Numba: first what it makes alone, and the longest to lower last
-            missing = sorted((name for name in keys if keys[name] not in _loaded), key=_begun_when)
-            with _no_garbage_collection(), _translator() as translator:
-                found = [_load_or_compile(f"{n}_{keys[n]}", n, sources[n], translator) for n in missing]
-                for name, address in zip(missing, found, strict=True):
-                    _loaded[keys[name]] = address()
+        # in a thread no signal's handler can break off an import or a compilation, which Numba would not survive: an
+        # interrupt reaches the caller, and the kernels are there for the next call
+        thread = ThreadPoolExecutor(1, thread_name_prefix="flexref-compile")
+        try:
+            thread.submit(_make, keys, sources).result()
+        finally:
+            thread.shutdown(wait=False)
     return {name: _loaded[key] for name, key in keys.items()}
+
+
+def _make(keys: dict[str, str], sources: dict[str, str]) -> None:
+    with _lock:
+        # LLVM works beside Numba: first what it makes alone, and the longest to lower last
+        missing = sorted((name for name in keys if keys[name] not in _loaded), key=_begun_when)
+        with _no_garbage_collection(), ThreadPoolExecutor(1) as translator:
+            found = [_load_or_compile(f"{n}_{keys[n]}", n, sources[n], translator) for n in missing]
+            for name, address in zip(missing, found, strict=True):
+                _loaded[keys[name]] = address()
 
 
 def _begun_when(name: str) -> tuple[bool, bool]:
     return name not in DENSE, not name.endswith("_tile")
-
-
-@contextmanager
-def _translator():
-    """A thread for LLVM; an error or an interrupt waits for no more than the one kernel that is being made."""
-    with ThreadPoolExecutor(1) as translator:
-        try:
-            yield translator
-        except BaseException:
-            translator.shutdown(cancel_futures=True)
-            raise
 
 
 @contextmanager
