@@ -1,6 +1,6 @@
-"""Ctrl-C, and whatever else a signal's handler raises, reaches the caller soon; nothing half written does, and the next call is right.
+"""Ctrl-C, and whatever else a signal's handler raises, reaches the caller soon; nothing half written does.
 
-Calls of seconds are interrupted in processes of their own.
+Calls of seconds are interrupted in processes of their own; the next call gives the right bits.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ CASES = {
 
 def run(*cases: str, threads: int) -> None:
     bodies = [f"def case():\n{textwrap.indent(textwrap.dedent(CASES[case]), '    ')}\ncase()" for case in cases]
-    program = "\n".join([COMMON, f"torch.set_num_threads({threads})", *(f"print({c!r})\n{b}" for c, b in zip(cases, bodies))])
+    program = "\n".join([COMMON, f"torch.set_num_threads({threads})", *(f"print({c!r})\n{b}" for c, b in zip(cases, bodies, strict=True))])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
