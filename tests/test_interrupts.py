@@ -129,7 +129,8 @@ CASES = {
 
 def run(*cases: str, threads: int) -> None:
     bodies = [f"def case():\n{textwrap.indent(textwrap.dedent(CASES[case]), '    ')}\ncase()" for case in cases]
-    program = "\n".join([COMMON, f"torch.set_num_threads({threads})", *(f"print({c!r})\n{b}" for c, b in zip(cases, bodies, strict=True))])
+    steps = [f"print({case!r})\n{body}" for case, body in zip(cases, bodies, strict=True)]
+    program = "\n".join([COMMON, f"torch.set_num_threads({threads})", *steps])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

@@ -24,8 +24,8 @@ def forward(problem: Problem, tensors: Tensors) -> Output:
     """out (B, Hq, L, Ev), lse and max_scores (B, Hq, L). Raises IndexError for a captured index out of range."""
     shape = (problem.batch, problem.q_heads, problem.q_len)
     out = ordered_empty(tensors.query, (*shape, problem.value_dim))
-    lse = torch.empty(shape, dtype=problem.acc_dtype)
-    max_scores = torch.empty(shape, dtype=problem.acc_dtype) if problem.need_max_scores else None
+    lse = torch.empty(shape, dtype=problem.acc_dtype, device="cpu")
+    max_scores = torch.empty(shape, dtype=problem.acc_dtype, device="cpu") if problem.need_max_scores else None
     if out.numel() == 0 or problem.kv_len == 0:
         out.zero_()
         for x in (lse, max_scores):
@@ -69,7 +69,8 @@ def backward(
     heads = problem.kv_batch * problem.kv_heads
     splits = -(-call.threads // heads)
     width, value_width = call.padded_width, call.padded_value_width
-    partial = torch.zeros(heads, splits, problem.kv_len * (width + value_width), dtype=problem.acc_dtype)
+    shape = heads, splits, problem.kv_len * (width + value_width)
+    partial = torch.zeros(shape, dtype=problem.acc_dtype, device="cpu")
     starts = kernels_for.accumulator_starts(problem.captures)
     accumulators = np.zeros((call.threads, max(starts[-1], 1)))
     call.params[P.splits], call.params[P.partial] = splits, partial.data_ptr()
@@ -102,13 +103,13 @@ def _summed(partial: Tensor, like: Tensor, width: int) -> Tensor:
 def ordered_empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised, in `like`'s dtype, its dimensions in memory in the order of those of `like`."""
     if like.is_contiguous():
-        return torch.empty(shape, dtype=like.dtype)
+        return torch.empty(shape, dtype=like.dtype, device="cpu")
     order = sorted(range(4), key=lambda i: (-like.stride(i), i))
     strides, step = [0] * 4, 1
     for i in reversed(order):
         strides[i] = step
         step *= max(shape[i], 1)
-    return torch.empty_strided(shape, strides, dtype=like.dtype)
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device="cpu")
 
 
 class _Call:
