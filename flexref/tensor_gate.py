@@ -33,7 +33,7 @@ _MODES = {"FakeTensorMode", "FunctionalTensorMode"}
 
 
 def check_memory(name: str, x: Tensor) -> None:
-    """Raise TypeError, which says what `x` is and what to do, unless it has memory of its own; ValueError if that was freed."""
+    """Raise TypeError, saying what `x` is and what to do, unless it has memory of its own; ValueError if freed, or on meta."""
     kind = type(x)
     if kind not in _PLAIN and (kind.__torch_dispatch__ is not _NO_DISPATCH or _remedy_for(kind)):
         raise TypeError(_refusal(name, x))
@@ -54,6 +54,8 @@ def check_memory(name: str, x: Tensor) -> None:
             f"{name} has no memory for its shape {tuple(x.shape)}: its storage was freed or made smaller, as offloading and "
             "FSDP do; bring it back before the call."
         )
+    if not address and x.is_meta:
+        raise ValueError(f"{name} is on meta: {_REMEDIES['FakeTensor']}.")
     if not address and needed:
         raise TypeError(_refusal(name, x))
 
@@ -111,6 +113,4 @@ def _refusal(name: str, x: Tensor) -> str:
         return f"{name} must be a dense tensor, got layout {x.layout}; pass x.to_dense() and mask what is absent."
     if torch._is_zerotensor(x):
         return f"{name} is a tensor of zeros that PyTorch has not written anywhere; pass x.clone()."
-    if x.device.type == "meta":
-        return f"{name} is on meta: {_REMEDIES['FakeTensor']}."
     return f"{name} is on {x.device} and has no memory that can be read; move it to a CPU or a GPU with .to()."

@@ -168,7 +168,7 @@ def test_block_lists_that_lose_their_memory_are_seen_at_the_call():
     mask.csr.indices.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="the block_mask's list indices has no memory"):
         flex_attention(query, query, query, block_mask=mask)
-    with pytest.raises(TypeError, match="the block_mask's list offsets is on meta"):
+    with pytest.raises(ValueError, match="the block_mask's list offsets is on meta"):
         flex_attention(query, query, query, block_mask=create_block_mask(causal, 1, 2, 16, 16, device="cpu").to("meta"))
 
 
