@@ -146,8 +146,8 @@ def explain(
         max_scores,
     )
     choice = _choice(problem, wanted)
-    backend = find_backends().get(choice.name or "")
-    notes = said(backend, "notes", problem) if backend is not None and hasattr(backend, "notes") else ()
+    chosen = find_backends().get(choice.name or "")
+    notes = said(chosen, "notes", problem) if chosen is not None and hasattr(chosen, "notes") else ()
     return Explanation(problem, choice, probe(), tuple(notes))
 
 

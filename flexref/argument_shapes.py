@@ -27,7 +27,7 @@ def _turned(query: Sequence[int], key: Sequence[int], value: Sequence[int], enab
     shapes = query, key, value
     for turn in _TURNS:
         mended = [(x[0], x[2], x[1], x[3]) if t else x for t, x in zip(turn, shapes, strict=True)]
-        if any(x[1] > x[2] for x in compress(shapes, turn)) and _problem(*mended, enable_gqa) is None:
+        if any(x[1] > x[2] for x in compress(shapes, turn)) and _problem(mended[0], mended[1], mended[2], enable_gqa) is None:
             return _hint(compress(NAMES, turn))
     return ""
 

@@ -95,12 +95,13 @@ def find_backends() -> dict[str, Backend]:
 
 
 def _add(found: dict[str, Backend], name: str, load: Callable[[], Any], where: str) -> None:
+    backend: Any = None
     try:
         backend = load()
         problem = _problem(backend)
     # an import may also end in SystemExit; one that is interrupted is the caller's
     except (Exception, SystemExit) as error:
-        backend, problem = None, f"its import failed: {_told(error)}"
+        problem = f"its import failed: {_told(error)}"
     if problem is None:
         name = backend.name
         if name in found:

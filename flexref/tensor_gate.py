@@ -6,11 +6,14 @@ is large enough has the memory that its strides describe. Names of classes only 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_NO_DISPATCH = Tensor.__torch_dispatch__
+_DISABLED = vars(torch.Tensor)["__torch_dispatch__"]
+_functorch: Any = vars(torch._C)["_functorch"]
 
 # class names of PyTorch and what to do about each; a class is known by any of its bases
 _REMEDIES = {
@@ -35,7 +38,7 @@ _MODES = {"FakeTensorMode", "FunctionalTensorMode"}
 def check_memory(name: str, x: Tensor) -> None:
     """Raise TypeError, saying what `x` is and what to do, unless it has memory of its own; ValueError if freed, or on meta."""
     kind = type(x)
-    if kind not in _PLAIN and (kind.__torch_dispatch__ is not _NO_DISPATCH or _remedy_for(kind)):
+    if kind not in _PLAIN and (_dispatches(kind) or _remedy_for(kind)):
         raise TypeError(_refusal(name, x))
     try:
         storage = x.untyped_storage()
@@ -62,7 +65,7 @@ def check_memory(name: str, x: Tensor) -> None:
 
 def check_surroundings() -> None:
     """Raise TypeError where PyTorch would make even our own tensors without memory: inside its transforms and fake modes."""
-    transform = torch._C._functorch.peek_interpreter_stack()
+    transform = _functorch.peek_interpreter_stack()
     if transform is not None:
         raise TypeError(f"flexref cannot run inside {_TRANSFORMS[transform.key().name]}.")
     if torch._C._len_torch_dispatch_stack():
@@ -78,10 +81,15 @@ def check_surroundings() -> None:
 def plain(x: Tensor) -> Tensor:
     """A harmless subclass as the torch.Tensor that it is, with its gradient; anything else as it is."""
     kind = type(x)
-    if kind in _PLAIN or kind.__torch_dispatch__ is not _NO_DISPATCH or _remedy_for(kind):
+    if kind in _PLAIN or _dispatches(kind) or _remedy_for(kind):
         return x
     with torch._C.DisableTorchFunctionSubclass():
         return x.as_subclass(Tensor)
+
+
+def _dispatches(kind: type) -> bool:
+    """Whether a class says itself what PyTorch's operations mean."""
+    return getattr(kind, "__torch_dispatch__") is not _DISABLED  # noqa: B009
 
 
 def _remedy_for(kind: type) -> str | None:
@@ -95,12 +103,11 @@ def _refusal(name: str, x: Tensor) -> str:
     kind, remedy = type(x), _remedy_for(type(x))
     if remedy is not None:
         return f"{name} is a {kind.__name__}, which has no memory of its own: {remedy}."
-    functorch = torch._C._functorch
-    if functorch.is_functorch_wrapped_tensor(x):
-        batched = functorch.is_batchedtensor(x)
-        where = "Vmap" if batched else "Functionalize" if functorch.is_functionaltensor(x) else "Grad"
+    if _functorch.is_functorch_wrapped_tensor(x):
+        batched = _functorch.is_batchedtensor(x)
+        where = "Vmap" if batched else "Functionalize" if _functorch.is_functionaltensor(x) else "Grad"
         return f"{name} is a tensor of {_TRANSFORMS[where]}."
-    if kind.__torch_dispatch__ is not _NO_DISPATCH:
+    if _dispatches(kind):
         return (
             f"{name} is a {kind.__name__}, a tensor subclass with a __torch_dispatch__ of its own, whose memory need not be "
             "what it means; pass the plain tensor that it stands for."
@@ -111,6 +118,6 @@ def _refusal(name: str, x: Tensor) -> str:
         return f"{name} is quantised ({x.dtype}); pass x.dequantize()."
     if x.layout != torch.strided:
         return f"{name} must be a dense tensor, got layout {x.layout}; pass x.to_dense() and mask what is absent."
-    if torch._is_zerotensor(x):
+    if vars(torch)["_is_zerotensor"](x):
         return f"{name} is a tensor of zeros that PyTorch has not written anywhere; pass x.clone()."
     return f"{name} is on {x.device} and has no memory that can be read; move it to a CPU or a GPU with .to()."

@@ -45,12 +45,9 @@ def set_and_back(set: Callable, value, before):
 @contextmanager
 def deterministic():
     torch.use_deterministic_algorithms(True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
     try:
-        torch.utils.deterministic.fill_uninitialized_memory = True
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(False)
 
 
