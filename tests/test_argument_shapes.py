@@ -49,3 +49,12 @@ def test_a_block_mask_shows_that_all_three_are_turned():
     x = torch.randn(2, 64, 4, 8)
     with pytest.raises(ValueError, match=rf"lengths \(query, key\) \(64, 64\), but query and key have \(4, 4\).*{HINT}"):
         flex_attention(x, x, x, block_mask=mask)
+
+
+@pytest.mark.parametrize("backend", ["numba_cpu", "reference"])
+def test_a_captured_dimension_of_one_is_not_broadcast(backend):
+    """As torch's flex_attention: a T5 bias (1, H, L, S) that is indexed with b where there are several batches."""
+    bias, x = torch.zeros(1, 2, 8, 8), torch.randn(3, 2, 8, 8)
+    with pytest.raises(IndexError, match=r"bias of shape \(1, 2, 8, 8\) .* in dimension 0.*; index it with 0, since it is not broad"):
+        flex_attention(x, x, x, lambda s, b, h, i, j: s + bias[b, h, i, j], backend=backend)
+    flex_attention(x, x, x, lambda s, b, h, i, j: s + bias[0, h, i, j], backend=backend)
