@@ -116,8 +116,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _traced(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
     mod = traced_mod(fn, kind, acc_dtype)
-    for name, tensor in zip(mod.names, mod.captured, strict=True):
-        check_memory(f"the captured tensor {name}", tensor)
+    for i, (name, tensor) in enumerate(zip(mod.names, mod.captured, strict=True)):
+        try:
+            check_memory(f"the captured tensor {name}", tensor)
+        except (TypeError, ValueError) as error:
+            line = next(node.where for node in mod.graph.nodes if node.op == "load" and node.attr == i)
+            raise type(error)(f"{str(error).removesuffix('.')}; it is read at {line}.") from None
     return mod
 
 

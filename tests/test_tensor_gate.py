@@ -150,6 +150,8 @@ def test_what_has_no_memory_is_refused_by_what_it_is(kind, place, run):
     with pytest.raises((TypeError, ValueError, TraceError, RuntimeError), match="(?s)" + says) as caught:
         call_with(place, make, run)
     assert captured or str(caught.value).startswith(place)
+    if captured and kind not in UNREADABLE:
+        assert f"it is read at {__file__}:" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("coo", "csr", "csc", "bsr", "nested", "jagged", "uninitialised")])
