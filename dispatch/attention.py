@@ -12,7 +12,7 @@ from torch import Tensor
 from flexref.arguments import prepare
 from flexref.arrays import shared_tensors
 from flexref.autograd import attend
-from flexref.backend import find_backends
+from flexref.backend import find_backends, said
 from flexref.block_mask import BlockMask
 from flexref.dispatch.choose import Choice, choose, describe, refusal
 from flexref.dispatch.hardware import Hardware, probe
@@ -146,8 +146,9 @@ def explain(
         max_scores,
     )
     choice = _choice(problem, wanted)
-    notes = getattr(find_backends().get(choice.name or ""), "notes", None)
-    return Explanation(problem, choice, probe(), tuple(notes(problem)) if notes else ())
+    chosen = find_backends().get(choice.name or "")
+    notes = said(chosen, "notes", problem) if chosen is not None and hasattr(chosen, "notes") else ()
+    return Explanation(problem, choice, probe(), tuple(notes))
 
 
 def _wanted_aux(request) -> tuple[bool, bool]:
@@ -197,6 +198,6 @@ def _autocast(x, device: str):
 
 def _choice(problem: Problem, wanted: str) -> Choice:
     def unavailable(backend):
-        return _unavailable.get(backend.name, backend.unavailable)
+        return _unavailable.get(backend.name, lambda: said(backend, "unavailable"))
 
     return _choices.get((problem, wanted), lambda: choose(problem, find_backends(), wanted, unavailable))

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flexref.backend import Backend
+from flexref.backend import Backend, said
 from flexref.errors import Unsupported
 from flexref.problem import Problem
 
@@ -41,7 +41,7 @@ def choose(
     problem: Problem,
     backends: Mapping[str, Backend],
     wanted: str = "auto",
-    unavailable: Callable[[Backend], Sequence[str]] = lambda backend: backend.unavailable(),
+    unavailable: Callable[[Backend], Sequence[str]] = lambda backend: said(backend, "unavailable"),
 ) -> Choice:
     """The engine for `problem` among `backends`, which are ordered by rank, the highest first.
 
@@ -52,7 +52,7 @@ def choose(
         raise ValueError(
             f"backend {wanted!r} is unknown{nearest(wanted, ['auto', *backends])}; known: auto, {', '.join(backends)}."
         )
-    reasons = {name: [*unavailable(b), *b.unsupported(problem)] for name, b in backends.items()}
+    reasons = {name: [*unavailable(b), *said(b, "unsupported", problem)] for name, b in backends.items()}
     able = [name for name, why in reasons.items() if not why]
     if wanted == "auto":
         name = next((name for name in able if name != REFERENCE), None)

@@ -1,4 +1,6 @@
 """FlexAttention with its meaning written down, and more than one engine to run it."""
+import importlib
+
 from flexref.block_mask import (
     BlockMask,
     and_masks,
@@ -26,3 +28,10 @@ __all__ = [
     "noop_mask",
     "or_masks",
 ]
+
+
+def __getattr__(name: str):
+    # a sub-package that nobody imported yet; importing it here would cost every user its time
+    if name == "variants":
+        return importlib.import_module("flexref.variants")
+    raise AttributeError(f"module 'flexref' has no attribute {name!r}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in arguments[:1]:
             importlib.import_module(f"flexref.cli.{name}").add_arguments(sub)
     options = parser.parse_args(arguments)
-    return importlib.import_module(f"flexref.cli.{options.command}").run(options)
+    try:
+        status = importlib.import_module(f"flexref.cli.{options.command}").run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read has read enough, as `| head` does; what Python would still write at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from flexref.argument_shapes import check_shapes, turned_lengths
 from flexref.arrays import shared_tensors
-from flexref.block_mask import BlockMask, create_block_mask, noop_mask
+from flexref.block_mask import BlockMask, Lists, create_block_mask, noop_mask
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.mods import Mod, shifted, traced_mod
 from flexref.recent import Recent
+from flexref.tensor_gate import check_memory, check_surroundings
 
 _masks = Recent(32)
 _taken_over: WeakKeyDictionary = WeakKeyDictionary()
@@ -38,22 +40,23 @@ def prepare(
 
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or value, TraceError for a mod.
     """
+    check_surroundings()
     query, key, value = shared_tensors(query, key, value)
     _check_tensors(query, key, value)
-    _check_shapes(query, key, value, enable_gqa)
+    check_shapes(query.shape, key.shape, value.shape, enable_gqa)
     scale = _checked_scale(scale, query.shape[3])
     acc_dtype = ACC_DTYPE[query.dtype]
     if block_mask is not None and mask_mod is not None:
         raise ValueError(
             "mask_mod and block_mask are both given; a block_mask has a mask_mod of its own: pass one of the two."
         )
-    score = None if score_mod is None else traced_mod(score_mod, "score", acc_dtype)
+    score = None if score_mod is None else _traced(score_mod, "score", acc_dtype)
     if mask_mod is not None:
         block_mask, mask = _masked(mask_mod, query, key, acc_dtype)
     else:
         block_mask = _own_mask(block_mask)
         mask_mod = None if block_mask is None or block_mask.mask_mod is noop_mask else block_mask.mask_mod
-        mask = None if mask_mod is None else traced_mod(mask_mod, "mask", acc_dtype)
+        mask = None if mask_mod is None else _traced(mask_mod, "mask", acc_dtype)
     if block_mask is not None:
         _check_block_mask(block_mask, query, key)
     captures, captured, scalars = _merged(score, mask, query.device)
@@ -91,10 +94,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
-        if x.layout != torch.strided or x.is_nested:
-            raise TypeError(
-                f"{name} must be a dense tensor, got layout {x.layout}; pad it, and mask the padding with a mask_mod."
-            )
+        check_memory(name, x)
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim), got shape {tuple(x.shape)}."
@@ -107,7 +107,6 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name} is on {x.device} but query is on {query.device}; move it with .to({str(query.device)!r})."
             )
-        check_storage(name, x)
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype and x.dtype.itemsize >= query.dtype.itemsize:
             raise TypeError(
@@ -115,35 +114,15 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
 
 
-def check_storage(name: str, x: Tensor) -> None:
-    """Raise ValueError if the memory of `x` was given back, as offloading does."""
-    if x.numel() and x.device.type != "meta":
-        last = x.storage_offset() + sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
-        if (last + 1) * x.itemsize > x.untyped_storage().nbytes():
-            raise ValueError(f"{name} has no memory for its shape {tuple(x.shape)}: its storage was freed or made smaller.")
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    batch, q_heads, _, head_dim = query.shape
-    kv_batch, kv_heads, kv_len, key_dim = key.shape
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"key and value must agree in batch, heads and length, got key {tuple(key.shape)} and value {tuple(value.shape)}."
-        )
-    if key_dim != head_dim:
-        raise ValueError(f"query and key must have the same head_dim, got query {head_dim} and key {key_dim}.")
-    if head_dim < 1 or value.shape[3] < 1:
-        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)} and value {tuple(value.shape)}.")
-    if kv_batch != batch and kv_batch != 1:
-        raise ValueError(f"key and value must have query's batch {batch}, or 1, got {kv_batch}.")
-    if q_heads < 1 or kv_heads < 1:
-        raise ValueError(f"there must be at least one head, got query {q_heads} and key {kv_heads}.")
-    if q_heads != kv_heads and not enable_gqa:
-        raise ValueError(
-            f"query has {q_heads} heads but key and value have {kv_heads}; pass enable_gqa=True for grouped-query attention."
-        )
-    if q_heads % kv_heads:
-        raise ValueError(f"query's heads must be a multiple of key's and value's, got {q_heads} and {kv_heads}.")
+def _traced(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
+    mod = traced_mod(fn, kind, acc_dtype)
+    for i, (name, tensor) in enumerate(zip(mod.names, mod.captured, strict=True)):
+        try:
+            check_memory(f"the captured tensor {name}", tensor)
+        except (TypeError, ValueError) as error:
+            line = next(node.where for node in mod.graph.nodes if node.op == "load" and node.attr == i)
+            raise type(error)(f"{str(error).removesuffix('.')}; it is read at {line}.") from None
+    return mod
 
 
 def _checked_scale(scale: float | None, head_dim: int) -> float:
@@ -183,11 +162,14 @@ def _taken(theirs) -> BlockMask:
 
 
 def _check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
+    for name, x in zip(Lists._fields, block_mask.csr, strict=True):
+        check_memory(f"the block_mask's list {name}", x)
     q_len, kv_len = query.shape[2], key.shape[2]
     if tuple(block_mask.seq_lengths) != (q_len, kv_len):
         raise ValueError(
             f"block_mask is for lengths (query, key) {tuple(block_mask.seq_lengths)}, but query and key have {(q_len, kv_len)}; "
-            f"make it with Q_LEN={q_len}, KV_LEN={kv_len}, or use block_mask.resize({q_len}, {kv_len})."
+            f"make it with Q_LEN={q_len}, KV_LEN={kv_len}, or use block_mask.resize({q_len}, {kv_len})"
+            f"{turned_lengths(query.shape, key.shape, block_mask.seq_lengths)}."
         )
     for name, have, want in (("B", block_mask.B, query.shape[0]), ("H", block_mask.H, query.shape[1])):
         if have not in (1, want):
@@ -202,7 +184,7 @@ def _check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None
 
 def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dtype) -> tuple[BlockMask, Mod]:
     """The BlockMask of a bare mask_mod, kept as long as neither the mod nor the contents of its captures change."""
-    mask = traced_mod(mask_mod, "mask", acc_dtype)
+    mask = _traced(mask_mod, "mask", acc_dtype)
     sizes = (
         query.shape[0] if mask.graph.uses("b") else 1,
         query.shape[1] if mask.graph.uses("h") else 1,
@@ -228,7 +210,6 @@ def _merged(score: Mod | None, mask: Mod | None, device: torch.device):
         if mod is None:
             continue
         for name, tensor in zip(mod.names, mod.captured, strict=True):
-            check_storage(name, tensor)
             # as in PyTorch, a number on the CPU may meet tensors elsewhere
             if tensor.device != device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
                 raise ValueError(

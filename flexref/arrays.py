@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexref.tensor_gate import plain
+
 
 def shared_tensors(query, key, value) -> tuple:
-    """Tensors as they are; arrays of CuPy, Numba or NumPy as tensors on the same memory; anything else as it is.
+    """Tensors as plain torch tensors; arrays of CuPy, Numba or NumPy as tensors on the same memory; anything else as it is.
 
     Raises TypeError, naming the argument, for an array whose memory torch cannot share.
     """
-    if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
+    if type(query) is type(key) is type(value) is Tensor:
         return query, key, value
     return tuple(_shared(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
 
 
 def _shared(name: str, x):
     if isinstance(x, Tensor):
-        return x
+        return plain(x)
     try:
         if hasattr(x, "__dlpack__"):
             return torch.from_dlpack(x)

@@ -78,7 +78,7 @@ def _classified(program, grid: Grid, first: int, last: int, device: torch.device
 
 def _ranges(first: int, last: int, size: int, length: int) -> Tensor:
     """The first and the last index of blocks first..last: int64 (blocks, 2)."""
-    starts = torch.arange(first, last) * size
+    starts = torch.arange(first, last, device="cpu") * size
     return torch.stack([starts, (starts + size).clamp(max=length) - 1], 1)
 
 

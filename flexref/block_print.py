@@ -58,7 +58,7 @@ def _grouped(kinds: Tensor, dim: int, most: int) -> Tensor:
         return kinds
     groups = -(-n // size)
     # the last group is filled up with its last member, which changes nothing
-    at = torch.arange(groups * size).clamp(max=n - 1)
+    at = torch.arange(groups * size, device="cpu").clamp(max=n - 1)
     parts = kinds.index_select(dim, at).unflatten(dim, (groups, size))
     least, most_kind = parts.amin(dim + 1), parts.amax(dim + 1)
     return torch.where(least == most_kind, least, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from flexref.block_arguments import check_mask_mod, checked_block_size, checked_size
 from flexref.block_lists import Grid, Lists, by_work, first_problem, from_padded, to_padded, transpose
 from flexref.mask_mods import noop_mask
+from flexref.tensor_gate import check_memory
 
 # arguments of torch's constructors that order the work of its kernels and mean nothing
 TORCH_ONLY = frozenset({"dq_write_order", "dq_write_order_full", "dq_kv_order", "dq_kv_order_spt"})
@@ -218,6 +219,8 @@ def _checked(name: str, counts: Any, indices: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_integers(name: str, x: object) -> None:
+    if isinstance(x, Tensor):
+        check_memory(name, x)
     integers = isinstance(x, Tensor) and x.dtype != torch.bool and not x.is_floating_point() and not x.is_complex()
     if not integers:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__

@@ -26,7 +26,8 @@ class Unsupported(FlexrefError, NotImplementedError):
 
 def index_error(name: str, shape: tuple[int, ...], dim: int, value: int, where: str) -> IndexError:
     """A captured tensor read out of range (R13): its name and shape, the dimension, the index, and the line of the mod."""
+    remedy = "index it with 0, since it is not broadcast" if shape[dim] == 1 else "clamp the index, or mask the position"
     return IndexError(
         f"the captured tensor {name} of shape {shape} is indexed with {value} in dimension {dim}, which has indices "
-        f"{-shape[dim]} to {shape[dim] - 1}, at {where}; clamp the index, or mask the position."
+        f"{-shape[dim]} to {shape[dim] - 1}, at {where}; {remedy}."
     )

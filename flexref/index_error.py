@@ -58,11 +58,12 @@ def _checked(graph: Graph, problem: Problem, tensors: Tensors, inputs, concerned
                 found.append(index_error(capture.name, capture.shape, dim, value, node.where))
             safe.append(index.clamp(-size, size - 1))
         if 0 in capture.shape:
-            return torch.zeros((), dtype=dtype_of(node.type, problem.acc_dtype))
+            return torch.zeros((), dtype=dtype_of(node.type, problem.acc_dtype), device="cpu")
         return (tensor.detach()[tuple(safe)] if safe else tensor.detach()).to(dtype_of(node.type, problem.acc_dtype))
 
     def scalar(_: int, node: Node) -> Tensor:
-        return torch.tensor(tensors.scalars[int(node.attr)], dtype=dtype_of(node.type, problem.acc_dtype))  # type: ignore[arg-type]
+        number = tensors.scalars[int(node.attr)]  # type: ignore[arg-type]
+        return torch.tensor(number, dtype=dtype_of(node.type, problem.acc_dtype), device="cpu")
 
     values = evaluate(graph, inputs, load, scalar, problem.acc_dtype)
     return values[dict(graph.outputs)["out"]]

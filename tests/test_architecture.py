@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import flexref
 from flexref.cli.show import table_of
 from flexref.program.ops import OPS, TYPES
 
@@ -25,16 +26,19 @@ BELOW = {
     "index_error": "errors problem program",
     "index_proof": "recent problem program",
     "reference": "",
-    "arrays": "",
+    "tensor_gate": "",
+    "cache_folder": "",
+    "arrays": "tensor_gate",
+    "argument_shapes": "",
     "program": "errors recent",
-    "block": "errors recent program",
+    "block": "errors recent program tensor_gate",
     "variants": "errors program block",
     "problem": "errors program block",
     "backend": "errors problem program block",
-    "arguments": "errors recent arrays problem program block",
+    "arguments": "errors recent argument_shapes tensor_gate arrays problem program block",
     "autograd": "errors recent backend problem program block",
     "dispatch": "errors recent arrays autograd arguments backend problem program block",
-    "backends": "errors index_error index_proof recent problem program block",
+    "backends": "errors cache_folder index_error index_proof recent problem program block",
     "conformance": "errors recent reference autograd arguments backend problem program block variants",
 }
 BLOCK = ("mask_mods", "mod_objects")
@@ -120,6 +124,13 @@ def test_importing_flexref_loads_no_optional_library():
     assert not loaded & {"triton", "cupy", "numba", "numba_cuda", "rich", "matplotlib", "scipy", "hypothesis", "pytest"}
     assert not loaded & {"backends", "dispatch", "conformance"}, "a module was loaded under its short name"
     assert "flexref.cli" not in modules
+
+
+def test_variants_are_there_without_their_import():
+    assert "flexref.variants" not in loaded_by("import flexref")
+    assert "flexref.variants.masks" in loaded_by("import flexref; flexref.variants.masks.causal")
+    with pytest.raises(AttributeError, match="module 'flexref' has no attribute 'variant'"):
+        flexref.variant  # noqa: B018
 
 
 def test_a_call_loads_nothing_of_torchs_compiler():

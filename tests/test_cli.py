@@ -118,3 +118,12 @@ def test_a_program_is_shown_in_a_language_that_lacks_an_operation(mods):
     emitter = type("Poor", (show.Emitter,), {"lacks": {"le": "this language has no comparisons"}})()
     graph = show.traced_mod(show.load(f"{mods}:causal"), "mask", torch.float32).graph
     assert show.source(emitter, graph) == "lacks le: this language has no comparisons"
+
+
+@pytest.mark.parametrize("command", ["show", "doctor"])
+def test_a_reader_that_leaves_early_is_no_error(mods, command):
+    arguments = [sys.executable, "-u", "-m", "flexref", command, *([f"{mods}:alibi"] if command == "show" else [])]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert "BrokenPipe" not in process.stderr.read()

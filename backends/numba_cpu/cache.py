@@ -8,9 +8,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
-import os
-import stat
-import tempfile
 import threading
 import types
 import warnings
@@ -21,30 +18,38 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from flexref.cache_folder import CacheWarning, folder, keep
+
 _lock = threading.RLock()
 _loaded: dict[str, int] = {}
 _linkers: list = []
 _MAGIC = b"flexref kernel 1\n"
 # written in LLVM instructions; their source is the name of a number type
-DENSE = ("gemm", "transpose")
-
-
-class CacheWarning(UserWarning):
-    """The cache folder cannot be used; kernels are compiled again in each process."""
+DENSE = ("gemm", "transpose", "team")
 
 
 def addresses_of(sources: dict[str, str]) -> dict[str, int]:
     """The address of each function, by name, from its filled kernel source. Safe from several threads."""
     keys = {name: _key(name, source) for name, source in sources.items()}
     if any(key not in _loaded for key in keys.values()):
-        with _lock:
-            # LLVM works beside Numba: first what it makes alone, and the longest to lower last
-            missing = sorted((name for name in keys if keys[name] not in _loaded), key=_begun_when)
-            with _no_garbage_collection(), ThreadPoolExecutor(1) as translator:
-                found = [_load_or_compile(f"{n}_{keys[n]}", n, sources[n], translator) for n in missing]
-                for name, address in zip(missing, found, strict=True):
-                    _loaded[keys[name]] = address()
+        # in a thread no signal's handler can break off an import or a compilation, which Numba would not survive: an
+        # interrupt reaches the caller, and the kernels are there for the next call
+        thread = ThreadPoolExecutor(1, thread_name_prefix="flexref-compile")
+        try:
+            thread.submit(_make, keys, sources).result()
+        finally:
+            thread.shutdown(wait=False)
     return {name: _loaded[key] for name, key in keys.items()}
+
+
+def _make(keys: dict[str, str], sources: dict[str, str]) -> None:
+    with _lock:
+        # LLVM works beside Numba: first what it makes alone, and the longest to lower last
+        missing = sorted((name for name in keys if keys[name] not in _loaded), key=_begun_when)
+        with _no_garbage_collection(), ThreadPoolExecutor(1) as translator:
+            found = [_load_or_compile(f"{n}_{keys[n]}", n, sources[n], translator) for n in missing]
+            for name, address in zip(missing, found, strict=True):
+                _loaded[keys[name]] = address()
 
 
 def _begun_when(name: str) -> tuple[bool, bool]:
@@ -69,7 +74,7 @@ def _key(name: str, source: str) -> str:
 
 def _load_or_compile(stem: str, name: str, source: str, translator: ThreadPoolExecutor) -> Callable[[], int]:
     """The address, to be asked for when the others have been begun: `translator` makes machine code meanwhile."""
-    directory = folder()
+    directory = folder("numba_cpu")
     path = None if directory is None else directory / f"{stem}.o"
     if path is not None and path.exists():
         try:
@@ -86,8 +91,8 @@ def _load_or_compile(stem: str, name: str, source: str, translator: ThreadPoolEx
     def address_when_made() -> int:
         symbol, code, text = finish.result()
         if path is not None and text_path is not None:
-            _write(text_path, text.encode())
-            _write(path, _MAGIC + symbol.encode() + b"\n" + hashlib.sha256(code).digest() + code)
+            keep(text_path, text.encode())
+            keep(path, _MAGIC + symbol.encode() + b"\n" + hashlib.sha256(code).digest() + code)
         return _link(symbol, code)
 
     return address_when_made
@@ -101,17 +106,6 @@ def _read(path: Path) -> tuple[str, bytes]:
     if hashlib.sha256(rest[32:]).digest() != rest[:32]:
         raise ValueError("its checksum is wrong")
     return symbol.decode(), rest[32:]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Another process sees either the old file or the whole new one."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        warnings.warn(f"{path} cannot be written ({error}).", CacheWarning, stacklevel=2)
 
 
 def _link(symbol: str, code: bytes) -> int:
@@ -149,35 +143,6 @@ def _fingerprint() -> tuple[str, ...]:
     sources = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(kernels.glob("*.py")))).hexdigest()
     processor = llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
     return sources, processor, version("numba"), version("llvmlite")
-
-
-def folder() -> Path | None:
-    """FLEXREF_CACHE or the user's cache folder, made private; None, with a warning, if another user could write there."""
-    return _checked_folder(os.environ.get("FLEXREF_CACHE") or _default_folder())
-
-
-def _default_folder() -> str:
-    from platformdirs import user_cache_dir
-
-    return user_cache_dir("flexref", appauthor=False)
-
-
-@cache
-def _checked_folder(name: str) -> Path | None:
-    path = Path(name).expanduser() / "numba_cpu"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.mkdir(exist_ok=True, mode=0o700)
-        status = path.stat()
-    except OSError as error:
-        warnings.warn(f"the cache folder {path} cannot be made ({error}); set FLEXREF_CACHE.", CacheWarning, stacklevel=2)
-        return None
-    foreign = hasattr(os, "getuid") and status.st_uid != os.getuid()
-    if foreign or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        text = f"the cache folder {path} belongs to another user or is writable by others, so it is not used; set FLEXREF_CACHE."
-        warnings.warn(text, CacheWarning, stacklevel=2)
-        return None
-    return path
 
 
 _Kernel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)

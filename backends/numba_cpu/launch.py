@@ -11,7 +11,7 @@ from torch import Tensor
 from flexref.backends.numba_cpu import kernels_for
 from flexref.backends.numba_cpu.cache import callable_at
 from flexref.backends.numba_cpu.kernels.layout import P_SIZE, SCRATCH, T_SIZE, P
-from flexref.backends.numba_cpu.workers import share_out
+from flexref.backends.numba_cpu.workers import run_team, services, team_at
 from flexref.index_error import named_index_error
 from flexref.problem import Gradients, Output, Problem, Tensors
 
@@ -24,8 +24,8 @@ def forward(problem: Problem, tensors: Tensors) -> Output:
     """out (B, Hq, L, Ev), lse and max_scores (B, Hq, L). Raises IndexError for a captured index out of range."""
     shape = (problem.batch, problem.q_heads, problem.q_len)
     out = ordered_empty(tensors.query, (*shape, problem.value_dim))
-    lse = torch.empty(shape, dtype=problem.acc_dtype)
-    max_scores = torch.empty(shape, dtype=problem.acc_dtype) if problem.need_max_scores else None
+    lse = torch.empty(shape, dtype=problem.acc_dtype, device="cpu")
+    max_scores = torch.empty(shape, dtype=problem.acc_dtype, device="cpu") if problem.need_max_scores else None
     if out.numel() == 0 or problem.kv_len == 0:
         out.zero_()
         for x in (lse, max_scores):
@@ -40,6 +40,7 @@ def forward(problem: Problem, tensors: Tensors) -> Output:
     if problem.needs_backward:
         saved = torch.empty_like(lse), torch.empty_like(lse)
         call.params[P.row_max], call.params[P.log_sum] = (x.data_ptr() for x in saved)
+    call.keep += [lse, max_scores, *saved]
     call.run(problem.batch * problem.q_heads * call.tile_count)
     return Output(out, lse, max_scores, saved)
 
@@ -68,12 +69,14 @@ def backward(
     heads = problem.kv_batch * problem.kv_heads
     splits = -(-call.threads // heads)
     width, value_width = call.padded_width, call.padded_value_width
-    partial = torch.zeros(heads, splits, problem.kv_len * (width + value_width), dtype=problem.acc_dtype)
+    shape = heads, splits, problem.kv_len * (width + value_width)
+    partial = torch.zeros(shape, dtype=problem.acc_dtype, device="cpu")
     starts = kernels_for.accumulator_starts(problem.captures)
     accumulators = np.zeros((call.threads, max(starts[-1], 1)))
     call.params[P.splits], call.params[P.partial] = splits, partial.data_ptr()
     call.params[P.static] = int(starts[-1] > 0)
     call.params[P.accumulators], call.params[P.accumulators_size] = accumulators.ctypes.data, accumulators.strides[0]
+    call.keep += [grad_lse, partial, accumulators, *output.saved]
     call.run(heads * splits)
     middle = problem.kv_len * width
     d_key = _summed(partial[..., :middle], tensors.key, width) if need_key else None
@@ -100,13 +103,13 @@ def _summed(partial: Tensor, like: Tensor, width: int) -> Tensor:
 def ordered_empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised, in `like`'s dtype, its dimensions in memory in the order of those of `like`."""
     if like.is_contiguous():
-        return torch.empty(shape, dtype=like.dtype)
+        return torch.empty(shape, dtype=like.dtype, device="cpu")
     order = sorted(range(4), key=lambda i: (-like.stride(i), i))
     strides, step = [0] * 4, 1
     for i in reversed(order):
         strides[i] = step
         step *= max(shape[i], 1)
-    return torch.empty_strided(shape, strides, dtype=like.dtype)
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device="cpu")
 
 
 class _Call:
@@ -121,7 +124,6 @@ class _Call:
         self.tile_count = int(plan.table[P.tiles])
         self.params = plan.table.copy()
         self.params.view(np.float64)[P.scale] = tensors.scale
-        self.driver = plan.driver
         self.keep: list = []
         for name, x in (("q", tensors.query), ("k", tensors.key), ("v", tensors.value)):
             self.place(name, x)
@@ -132,6 +134,8 @@ class _Call:
         """A tensor's address and its four strides; the stride of a batch that is shared is 0."""
         at = getattr(P, name)
         x = self.kept(x)
+        # a thread that an interrupt left behind may still read or write it
+        self.keep.append(x)
         strides = x.stride()
         shared = x.shape[0] == 1
         self.params[at] = x.data_ptr()
@@ -184,11 +188,7 @@ class _Call:
         scratch = np.empty(workers * size + 64, np.uint8)
         self.params[P.scratch] = (scratch.ctypes.data + 63) // 64 * 64
         self.params[P.tasks], self.params[P.workers] = tasks, workers
-        address = self.params.ctypes.data
-        if workers == 1:
-            self.driver(address, 0)
-        else:
-            share_out(lambda worker: self.driver(address, worker), workers)
+        run_team(self.plan.team, self.plan.driver, self.params, workers, keep=(self, scratch))
         if self.params[P.errors]:
             error = named_index_error(self.problem, self.tensors)
             raise error or IndexError("a captured tensor is indexed out of range.")
@@ -201,7 +201,8 @@ class _Plan:
         p = problem
         options = dict(p.options)
         addresses = kernels_for.addresses(p, backward)
-        self.driver = callable_at(addresses.pop("backward" if backward else "forward"))
+        driver = addresses.pop("backward" if backward else "forward")
+        self.driver, self.team = callable_at(driver), team_at(addresses.pop("team"))
         size = p.acc_dtype.itemsize
         lanes = _vector_bytes() // size
         self.padded_width, self.padded_value_width = -(-p.head_dim // lanes) * lanes, -(-p.value_dim // lanes) * lanes
@@ -218,7 +219,7 @@ class _Plan:
         }  # fmt: skip
         for name, number in numbers.items():
             table[getattr(P, name)] = number
-        for name, address in addresses.items():
+        for name, address in (addresses | services() | {"driver": driver, "poller": -1}).items():
             table[getattr(P, name)] = address
         wide = max(self.padded_width, self.padded_value_width)
         sizes = dict.fromkeys(SCRATCH, 0) | {

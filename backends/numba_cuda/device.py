@@ -54,7 +54,7 @@ class Simulator:
         return Chip(2, LEAST_SHARED, tensor_cores=False)
 
     def zeros(self, dtype: torch.dtype, like: Tensor, fresh: bool = False) -> Tensor:
-        return torch.zeros(1, dtype=dtype)
+        return torch.zeros(1, dtype=dtype, device="cpu")
 
     def run(self, source: str, name: str, grid: int, geometry: Geometry, shared: int, arguments: list) -> None:
         from flexref.backends.numba_cuda import simulator

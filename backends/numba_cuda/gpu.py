@@ -23,6 +23,7 @@ from torch import Tensor
 from flexref.backends.numba_cuda import compiler
 from flexref.backends.numba_cuda.device import bits_of
 from flexref.backends.numba_cuda.geometry import LEAST_SHARED, PLAIN_SHARED, Chip, Geometry
+from flexref.cache_folder import keep
 
 _lock = threading.RLock()
 _kernels: dict[tuple, object] = {}
@@ -140,7 +141,7 @@ def built_kernel(source: str, name: str, kinds: tuple[str, ...], threads: int, c
         pass
     built = assemble(ptx_of(source, name, kinds, threads, cc), cc)
     if path is not None:
-        compiler.write(path, built.entry.encode() + b"\n" + built.code)
+        keep(path, built.entry.encode() + b"\n" + built.code)
     return built
 
 

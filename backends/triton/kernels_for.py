@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import tempfile
 from contextlib import nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from platformdirs import user_cache_dir
 
 from flexref.backends.triton.emitter import TritonEmitter, scatter_lines
 from flexref.backends.triton.interpreter import interpreted
+from flexref.cache_folder import folder, keep, own_folder, write
 from flexref.problem import Problem
 from flexref.program.derive import derive
 from flexref.program.ir import Graph
@@ -122,12 +120,7 @@ def source(name: str) -> str:
 def module_of(text: str, emulated: bool) -> ModuleType:
     """The module of a text. It is a file in the cache, so that Triton, debuggers and profilers can show its lines."""
     name = "flexref_triton_" + hashlib.sha256(text.encode()).hexdigest()[:24]
-    path = folder() / f"{name}.py"
-    if not path.exists() or path.read_text() != text:
-        handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(draft, path)
+    path = _written(f"{name}.py", text.encode())
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -136,19 +129,12 @@ def module_of(text: str, emulated: bool) -> ModuleType:
     return module
 
 
-def folder() -> Path:
-    """Where the texts are kept: `triton` in FLEXREF_CACHE, or in the user's cache; where that cannot be, for this process."""
-    home = os.environ.get("FLEXREF_CACHE") or user_cache_dir("flexref", appauthor=False)
-    path = Path(home).expanduser() / "triton"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
+def _written(name: str, content: bytes) -> Path:
+    """A file with this content, in the cache folder or where that cannot be for this process alone."""
+    path = (folder("triton") or own_folder("triton")) / name
+    if not path.exists() or path.read_bytes() != content:
+        if keep(path, content):
             return path
-    except OSError:
-        pass
-    return _own_folder()
-
-
-@cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="flexref-triton-"))
+        path = own_folder("triton") / name
+        write(path, content)
+    return path

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import flexref
-from flexref.backend import find_backends
+from flexref.backend import find_backends, said
 from flexref.dispatch.hardware import probe
 
 PACKAGES = ("torch", "numpy", "numba", "llvmlite", "triton", "cupy-cuda13x", "numba-cuda")
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     console.print(f"machine   {probe()}, torch uses {torch.get_num_threads()} threads", highlight=False)
     console.print(f"cache     {cache_folder()}", highlight=False, markup=False, soft_wrap=True)
     backends = find_backends()
-    reasons = {name: backend.unavailable() for name, backend in backends.items()}
+    reasons = {name: said(backend, "unavailable") for name, backend in backends.items()}
     table = Table("backend", "rank", "here", "what is missing, and what mends it")
     for name, backend in backends.items():
         here = "[red]no[/red]" if reasons[name] else "[green]yes[/green]"

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,14 @@ def emitters(captures: tuple[Capture, ...]) -> dict[str, Emitter]:
     for name, backend in find_backends().items():
         place = f"{getattr(backend, '__name__', '')}.emitter"
         try:
-            present = importlib.util.find_spec(place)
+            if importlib.util.find_spec(place) is not None:
+                found[name] = _made(table_of(importlib.import_module(place)), captures)
         except ModuleNotFoundError:
-            present = None
-        if present is not None:
-            found[name] = _made(table_of(importlib.import_module(place)), captures)
+            continue
+        except Exception as error:
+            if place.startswith("flexref.backends."):
+                raise
+            warnings.warn(f"the emitter of {name} cannot be used: {type(error).__name__}: {error}", stacklevel=2)
     return found
 
 

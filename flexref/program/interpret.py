@@ -29,7 +29,8 @@ def interpret(
         return element.to(dtype_of(node.type, acc_dtype))
 
     def scalar(_: int, node: Node) -> Tensor:
-        return torch.tensor(scalars[int(node.attr)], dtype=dtype_of(node.type, acc_dtype))  # type: ignore[arg-type]
+        number = scalars[int(node.attr)]  # type: ignore[arg-type]
+        return torch.tensor(number, dtype=dtype_of(node.type, acc_dtype), device="cpu")
 
     values = evaluate(graph, inputs, load, scalar, acc_dtype)
     return {name: values[ref] for name, ref in graph.outputs}
@@ -49,7 +50,8 @@ def evaluate(
         if node.op == "input":
             values.append(inputs[str(node.attr)])
         elif node.op == "const":
-            values.append(torch.full((), node.attr, dtype=dtype_of(node.type, acc_dtype)))  # type: ignore[arg-type]
+            number = torch.full((), node.attr, dtype=dtype_of(node.type, acc_dtype), device="cpu")  # type: ignore[arg-type]
+            values.append(number)
         elif node.op == "scalar":
             values.append(scalar(i, node))
         elif node.op == "load":

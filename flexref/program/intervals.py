@@ -27,8 +27,8 @@ class Interval(NamedTuple):
 
 def interval(low: float | Tensor, high: float | Tensor | None = None) -> Interval:
     """From numbers or tensors; one number is a point."""
-    low = torch.as_tensor(low, dtype=torch.float64)
-    return Interval(low, low if high is None else torch.as_tensor(high, dtype=torch.float64))
+    low = torch.as_tensor(low, dtype=torch.float64, device="cpu")
+    return Interval(low, low if high is None else torch.as_tensor(high, dtype=torch.float64, device="cpu"))
 
 
 _WIDEST = {"bool": interval(0.0, 1.0), "int": interval(-_INF, _INF), "float": interval(-_INF, _INF)}
@@ -92,7 +92,7 @@ def classify_blocks(
     out = evaluate_intervals(graph, inputs, load, scalars)[dict(graph.outputs)["out"]]
     low = out.low.expand(len(q_ranges), len(kv_ranges))
     high = out.high.expand(len(q_ranges), len(kv_ranges))
-    kind = torch.full(low.shape, PARTIAL, dtype=torch.int8)
+    kind = torch.full(low.shape, PARTIAL, dtype=torch.int8, device="cpu")
     kind[high < 1] = EMPTY
     kind[low > 0] = FULL
     return kind
@@ -248,8 +248,8 @@ class _RangeTable:
         first, last = index.low.long(), index.high.long()
         level = (last - first + 1).double().log2().floor().long()
         low, high = (
-            torch.empty(first.shape, dtype=torch.float64),
-            torch.empty(first.shape, dtype=torch.float64),
+            torch.empty(first.shape, dtype=torch.float64, device="cpu"),
+            torch.empty(first.shape, dtype=torch.float64, device="cpu"),
         )
         for i in level.unique().tolist():
             at = level == i

@@ -143,7 +143,7 @@ def _result_dtype(name: str, result, args: tuple) -> torch.dtype:
 def _example(x):
     """A real number in place of a Value: PyTorch then says what dtype the operator gives."""
     if isinstance(x, Value):
-        return torch.ones((), dtype=x.dtype)
+        return torch.ones((), dtype=x.dtype, device="cpu")
     return x.clone() if isinstance(x, Tensor) else x
 
 

@@ -138,7 +138,7 @@ class _Recorder(TorchFunctionMode):
         if name in mistakes.METADATA or name == "__get__":
             return func(*args, **kwargs)
         if name == "new_tensor":
-            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype))
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype), device="cpu")
         leaves = list(flatten((args, tuple(kwargs.values()))))
         if not any(isinstance(x, (Tensor, Partial)) for x in leaves):
             return func(*args, **kwargs)

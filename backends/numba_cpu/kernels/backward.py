@@ -176,6 +176,8 @@ def backward(params, worker):
     tiles_a_row = (sizes[P.q_block] + ld - 1) // ld
     batches = sizes[P.batch] // sizes[P.kv_batch]
     tile[T.error] = 0
+    tile[T.ticks] = 0
+    tile[T.last] = 0
     tile[T.ld] = ld
     tile[T.scores] = scores_at
     tile[T.grads] = grads_at
@@ -187,7 +189,7 @@ def backward(params, worker):
         # captured gradients are added up per worker, so then every worker has the same tasks each time
         task = worker + step * sizes[P.workers] if sizes[P.static] != 0 else next_task(params + 8 * P.counter)
         step += 1
-        if task >= sizes[P.tasks]:
+        if task >= sizes[P.tasks] or sizes[P.stop] != 0:
             break
         head, split = task // sizes[P.splits], task % sizes[P.splits]
         kv_b, kv_head = head // kv_heads, head % kv_heads
@@ -206,6 +208,8 @@ def backward(params, worker):
             n = smaller(ld, smaller((row + 1) * sizes[P.q_block], sizes[P.q_len]) - q0)
             if n <= 0:
                 continue
+            if sizes[P.stop] != 0:
+                break
             lanes = (n + LANES - 1) // LANES * LANES
             tile[T.b] = b
             tile[T.h] = h
@@ -236,6 +240,10 @@ def backward(params, worker):
                     block = int64(indices[at]) if sizes[P.offsets] != 0 else int64(0)
                     block_end = smaller((block + 1) * sizes[P.kv_block], sizes[P.kv_len])
                     for kv0 in range(block * sizes[P.kv_block], block_end, kv_tile):
+                        if worker == sizes[P.poller]:
+                            call_tile(sizes[P.poll], params, tile_at)
+                        if sizes[P.stop] != 0:
+                            break
                         lo, hi, masked = int64(0), smaller(kv_tile, block_end - kv0), False
                         tile[T.kv0] = kv0
                         tile[T.lo] = lo

@@ -160,6 +160,8 @@ def forward(params, worker):
     value_padded = (value_width + LANES - 1) // LANES * LANES
     k_row, k_col, v_row, v_col = sizes[P.k_row], sizes[P.k_col], sizes[P.v_row], sizes[P.v_col]
     tile[T.error] = 0
+    tile[T.ticks] = 0
+    tile[T.last] = 0
     tile[T.ld] = ld
     tile[T.scores] = scores_at
     tile[T.live] = live_at
@@ -169,7 +171,7 @@ def forward(params, worker):
     while True:
         if careful == 0:
             task = next_task(params + 8 * P.counter)
-        if task >= sizes[P.tasks]:
+        if task >= sizes[P.tasks] or sizes[P.stop] != 0:
             break
         # the last rows first: under a causal mask they are the most work
         head, t = task // sizes[P.tiles], sizes[P.tiles] - 1 - task % sizes[P.tiles]
@@ -205,6 +207,10 @@ def forward(params, worker):
                 block = int64(indices[at]) if sizes[P.offsets] != 0 else int64(0)
                 block_end = smaller((block + 1) * sizes[P.kv_block], sizes[P.kv_len])
                 for kv0 in range(block * sizes[P.kv_block], block_end, kv_tile):
+                    if worker == sizes[P.poller]:
+                        call_tile(sizes[P.poll], params, tile_at)
+                    if sizes[P.stop] != 0:
+                        break
                     lo, hi, masked = int64(0), smaller(kv_tile, block_end - kv0), int64(0)
                     tile[T.kv0] = kv0
                     tile[T.lo] = lo

@@ -3,6 +3,7 @@
 `P`: one table a call, written by launch.py and read by everybody. Addresses are in bytes, strides in elements;
 four strides (b, h, row, column) follow each of query, key, value, out and their gradients. An `at_` is the place of
 a piece of a worker's scratch memory, in bytes from its start. An address of 0 is a thing that is not there.
+"driver" to "check_signals" are for team.py, which runs the call; from "parallel" on they are addresses of C functions.
 `T`: one table a worker, which tells a tile function where it is: rows `lo` to `hi` of the `scores` tile, (kv, q)
 with `ld` numbers a row, are kv positions `kv0 + row`; its first `n` columns are q positions `q0 + column`.
 """
@@ -23,12 +24,15 @@ _PARAMS = (
     "row_max", "log_sum", "scratch", "scratch_size",
     "partial", "accumulators", "accumulators_size", "mask_tile", "score_tile", "grad_tile", "gemm", "transpose", "captured",
     "floats", "ints",
+    "driver", "next_worker", "finished", "poller", "poll", "stop", "thread_state", "clock_kind",
+    "parallel", "thread_number", "thread_count", "pause", "clock",
+    "save_thread", "restore_thread", "check_signals",
 )  # fmt: skip
 _PARAMS += tuple("at_" + name for name in SCRATCH)
 _PARAMS += tuple(name + stride for name in TENSORS for stride in ("", "_b", "_h", "_row", "_col"))
 _TILE = (
     "b", "h", "q0", "n", "kv0", "lo", "hi", "allowed", "ld", "scores", "grads", "live", "masked", "rows",
-    "accumulators", "error",
+    "accumulators", "error", "ticks", "last", "seconds", "nanoseconds",
 )  # fmt: skip
 
 
