@@ -183,6 +183,7 @@ def _taken(theirs) -> BlockMask:
 
 
 def _check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
+    block_mask.check_lists()
     q_len, kv_len = query.shape[2], key.shape[2]
     if tuple(block_mask.seq_lengths) != (q_len, kv_len):
         raise ValueError(

@@ -27,6 +27,31 @@ def checked_size(name: str, n, least: int = 0) -> int:
     return int(n)
 
 
+def checked_lengths(lengths: object) -> tuple[int, int]:
+    """(q_len, kv_len). Raises TypeError or ValueError for what is no pair of sizes."""
+    if not isinstance(lengths, (tuple, list)) or len(lengths) != 2:
+        raise TypeError(f"seq_lengths must be a pair (q_len, kv_len), got {lengths!r}")
+    return checked_size("seq_lengths[0]", lengths[0]), checked_size("seq_lengths[1]", lengths[1])
+
+
+def check_list(name: str, x: object) -> None:
+    """Raise TypeError or ValueError unless `x` is a tensor of integers whose memory can be read (or on meta, where none is)."""
+    integers = isinstance(x, Tensor) and x.dtype != torch.bool and not x.is_floating_point() and not x.is_complex()
+    if not integers:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or x.layout != torch.strided or x.is_quantized:
+        raise TypeError(f"{name} must be a plain dense tensor, got {type(x).__name__} of layout {x.layout}")
+    if not x.is_meta:
+        try:
+            size, address = x.untyped_storage().nbytes(), x.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):
+            raise TypeError(f"{name} must be a plain dense tensor, and this one has no memory of its own") from None
+        last = sum([(n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)]) + x.storage_offset()
+        if x.numel() and (not address or (last + 1) * x.itemsize > size):
+            raise ValueError(f"{name} has no memory for its shape {tuple(x.shape)}: its storage was freed or made smaller")
+
+
 def checked_block_size(size) -> tuple[int, int]:
     """(q_block, kv_block) from an int or a pair."""
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)

@@ -311,7 +311,7 @@ MALFORMED = {
     "block size": (dict(BLOCK_SIZE=0), ValueError, "BLOCK_SIZE must be at least 1, got 0"),
     "block sizes": (dict(BLOCK_SIZE=(4, 4, 4)), ValueError, "BLOCK_SIZE must be an int or a pair"),
     "score_mod": (dict(mask_mod=lambda s, b, h, q, k: s), TypeError, "takes 5 arguments, as a score_mod does"),
-    "unknown": (dict(colour=3), TypeError, "unexpected argument 'colour'"),
+    "unknown": (dict(colour=3), TypeError, "unexpected keyword argument 'colour'"),
 }
 
 
@@ -324,13 +324,14 @@ def test_malformed_lists_are_refused(what):
 
 def test_validate_finds_what_was_done_to_a_mask():
     mask = create_block_mask(causal, None, None, 8, 8, "cpu", 4)
-    mask.csr.full_indices[0] = 1
+    mask.walk.csr.full_indices[0] = 1
     with pytest.raises(ValueError, match=r"\(b=0, h=0\) row 1, column 1 is listed both"):
         mask.validate()
     with pytest.raises(ValueError, match='level must be "structure" or "semantic"'):
         mask.validate("deep")
     mask = create_block_mask(causal, None, None, 8, 8, "cpu", 4)
-    mask.mask_mod = masks.sliding_window(2)
+    lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=4, mask_mod=masks.sliding_window(2), seq_lengths=(8, 8))
     mask.validate()
     with pytest.raises(ValueError, match=r"row 1, column 0 is listed full, but mask_mod sliding_window\(size=2\) masks"):
         mask.validate("semantic")
@@ -611,8 +612,8 @@ def test_a_long_mask_is_never_held_dense():
 
 def test_rows_and_columns_are_ordered_by_work():
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 48, 64, device="cpu", BLOCK_SIZE=16)
-    assert mask.row_order.tolist() == [2, 1, 0] and mask.row_order.dtype == torch.int32
-    assert mask.column_order.tolist() == [0, 1, 2, 3]
+    assert mask.walk.row_order.tolist() == [2, 1, 0] and mask.walk.row_order.dtype == torch.int32
+    assert mask.walk.column_order.tolist() == [0, 1, 2, 3]
     upside_down = create_block_mask(lambda b, h, q, k: (q >= k) ^ (h == 1), None, 2, 48, 48, device="cpu", BLOCK_SIZE=16)
-    counts = (upside_down.csr.offsets.diff() + upside_down.csr.full_offsets.diff())[upside_down.row_order.long()]
-    assert (counts.diff() <= 0).all() and sorted(upside_down.row_order.tolist()) == list(range(6))
+    counts = (upside_down.csr.offsets.diff() + upside_down.csr.full_offsets.diff())[upside_down.walk.row_order.long()]
+    assert (counts.diff() <= 0).all() and sorted(upside_down.walk.row_order.tolist()) == list(range(6))

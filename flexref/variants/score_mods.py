@@ -88,7 +88,7 @@ class compose(CallableMod):
                 raise TypeError(f"compose: argument {i} must be a score_mod, got {type(mod).__name__}")
         self.mods = mods
 
-    def __repr__(self) -> str:
+    def _text(self) -> str:
         return f"compose({', '.join(map(name_of, self.mods))})"
 
     def __call__(self, score, b, h, q_idx, kv_idx):
