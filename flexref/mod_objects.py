@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # what functions carry beside their meaning, and functools.update_wrapper sets
 LABELS = frozenset((*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "__annotations__", "__signature__"))
 
