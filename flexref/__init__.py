@@ -1,4 +1,5 @@
 """FlexAttention with its meaning written down, and more than one engine to run it."""
+from flexref import variants  # its masks load with torch.load(weights_only=True) as soon as flexref is imported
 from flexref.block_mask import (
     BlockMask,
     and_masks,
@@ -25,4 +26,5 @@ __all__ = [
     "flex_attention",
     "noop_mask",
     "or_masks",
+    "variants",
 ]

@@ -19,11 +19,19 @@ def checked_sizes(B: int | None, H: int | None, q_len: int, kv_len: int) -> tupl
 
 
 def checked_size(name: str, n, least: int = 0) -> int:
-    """`n` as an int. Raises TypeError for what is no integer, ValueError for one below `least`."""
+    """`n` as an int. Raises TypeError for what is no integer, ValueError for one below `least` or beyond 64 bits."""
+    size = checked_index(name, n)
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {n}")
+    if size >= 1 << 63:
+        raise ValueError(f"{name} must fit into 64 bits, got {n}")
+    return size
+
+
+def checked_index(name: str, n) -> int:
+    """`n` as an int. Raises TypeError for what is no integer."""
     if isinstance(n, (bool, Tensor)) or not hasattr(n, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(n).__name__}")
-    if int(n) < least:
-        raise ValueError(f"{name} must be at least {least}, got {n}")
     return int(n)
 
 
@@ -73,7 +81,10 @@ def kind_of_mod(fn: object, argument: str = "mod_fn") -> str:
         wanted = MASK_SIGNATURE if argument == "mask_mod" else f"{MASK_SIGNATURE} or {SCORE_SIGNATURE}"
         raise TypeError(f"{argument} must be a function {wanted}, got {type(fn).__name__}")
     try:
-        signature = inspect.signature(fn)
+        # what can be called is its own, and not that of a function that it wraps, unless it passes on whatever it is given
+        signature = inspect.signature(fn, follow_wrapped=False)
+        if any(x.kind is x.VAR_POSITIONAL for x in signature.parameters.values()):
+            signature = inspect.signature(fn)
     except (TypeError, ValueError):
         return "mask"
     for kind, count in (("mask", 4), ("score", 5)):

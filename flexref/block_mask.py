@@ -13,7 +13,14 @@ from torch import Tensor
 
 from flexref import block_algebra as algebra
 from flexref import block_print
-from flexref.block_arguments import check_mask_mod, checked_block_size, checked_device, checked_size, checked_sizes
+from flexref.block_arguments import (
+    check_mask_mod,
+    checked_block_size,
+    checked_device,
+    checked_index,
+    checked_size,
+    checked_sizes,
+)
 from flexref.block_build import build, create_mask
 from flexref.block_lists import FULL, Grid, Lists, expand, first_problem, row_of_entry, take_rows
 from flexref.block_state import Walk, loaded
@@ -126,20 +133,21 @@ class BlockMask(TorchForm):
 
     def rows(self, start: int, stop: int) -> BlockMask:
         """For the queries start..stop alone, wherever blocks begin: index 0 stands for `start`, as in decoding."""
+        start, stop = checked_index("start", start), checked_index("stop", stop)
         if not 0 <= start <= stop <= self.grid.q_len:
             raise IndexError(f"rows {start} to {stop} are not within the {self.grid.q_len} queries")
         mod = View(self._agreeing().mask_mod, q_idx=Offset(start))
-        return _built(mod, self.grid._replace(q_len=stop - start), self.device, self.separate_full_blocks)
+        return _built(type(self), mod, self.grid._replace(q_len=stop - start), self.device, self.separate_full_blocks)
 
     def resize(self, q_len: int, kv_len: int) -> BlockMask:
         """For other lengths, asking mask_mod anew. Lists that say less than mask_mod can be cropped, but not grown."""
         grid = self.grid._replace(q_len=checked_size("q_len", q_len), kv_len=checked_size("kv_len", kv_len))
         if self._agreeing() is self:
-            return _built(self.mask_mod, grid, self.device, self.separate_full_blocks)
-        if q_len > self.grid.q_len or kv_len > self.grid.kv_len:
+            return _built(type(self), self.mask_mod, grid, self.device, self.separate_full_blocks)
+        if grid.q_len > self.grid.q_len or grid.kv_len > self.grid.kv_len:
             raise ValueError(
                 "this BlockMask lists other blocks than its mask_mod allows, so nothing is known of positions beyond "
-                f"{self.seq_lengths}; make one with create_block_mask(mask_mod, ..., {q_len}, {kv_len})"
+                f"{self.seq_lengths}; make one with create_block_mask(mask_mod, ..., {grid.q_len}, {grid.kv_len})"
             )
         lists = algebra.crop(self._lists, self.grid, grid, self.device)
         return self._make(grid, lists, self.mask_mod, self.separate_full_blocks, False)
@@ -167,7 +175,7 @@ class BlockMask(TorchForm):
         """Positions that are not allowed."""
         mod = not_mask(self._agreeing().mask_mod)
         if not self.separate_full_blocks:
-            return _built(mod, self.grid, self.device, False)
+            return _built(type(self), mod, self.grid, self.device, False)
         return self._make(self.grid, algebra.invert(self._lists, self.grid, self.device), mod, True, True)
 
     def _combined(self, op: str, combinator: Callable, other: BlockMask) -> BlockMask:
@@ -177,7 +185,7 @@ class BlockMask(TorchForm):
         masks = self._agreeing(), other._agreeing()
         mod = combinator(*(mask.mask_mod for mask in masks))
         if not (self.separate_full_blocks and other.separate_full_blocks):
-            return _built(mod, grid, self.device, False)
+            return _built(type(self), mod, grid, self.device, False)
         lists = algebra.combine(op, [(mask._lists, mask.grid) for mask in masks], mod, grid, self.device)
         return self._make(grid, lists, mod, True, True)
 
@@ -208,14 +216,14 @@ def create_block_mask(
     """
     check_mask_mod(mask_mod)
     grid = Grid(*checked_sizes(B, H, Q_LEN, KV_LEN), *checked_block_size(BLOCK_SIZE))
-    return _built(mask_mod, grid, checked_device(device), separate_full_blocks)
+    return _built(BlockMask, mask_mod, grid, checked_device(device), separate_full_blocks)
 
 
-def _built(mask_mod: Callable, grid: Grid, device: torch.device, separate: bool) -> BlockMask:
+def _built(kind: type[BlockMask], mask_mod: Callable, grid: Grid, device: torch.device, separate: bool) -> BlockMask:
     lists = build(mask_mod, grid, device)
     if not separate:
         lists = algebra.unseparated(lists, grid, device)
-    return BlockMask._make(grid, lists, mask_mod, bool(separate), True)
+    return kind._make(grid, lists, mask_mod, bool(separate), True)
 
 
 # torch.load(weights_only=True) may make these; the classes of mods say it of themselves

@@ -100,6 +100,7 @@ STRIDES = {
     "expanded": lambda b, h, n, e: torch.randn(1, h, 1, e).expand(b, h, n, e),
 }
 SIZES = [(1, 1, 1, 1), (7, 65, 17, 3), (65, 7, 3, 17), (130, 65, 64, 32)]
+NAMES = ("empty", "empty_strided", "empty_like", "zeros", "zeros_like")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -191,7 +192,7 @@ def main(name: str, *faults: str) -> None:
     for at_end in (True, False):
         with ExitStack() as stack:
             for module in modules:
-                patched = Allocating(torch, ("empty", "empty_strided", "empty_like", "zeros", "zeros_like"), guard(placed, at_end))
+                patched = Allocating(torch, NAMES, guard(placed, at_end))
                 stack.enter_context(mock.patch.object(module, "torch", patched))
                 if hasattr(module, "np"):
                     arrays = Allocating(np, ("empty", "zeros", "array"), guard(placed_array, at_end))
