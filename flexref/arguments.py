@@ -223,8 +223,8 @@ def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dty
     if mask.key is None or any(t.is_inference() for t in mask.captured):
         return build()[0], mask
     versions = tuple((id(t), t._version, t.data_ptr()) for t in mask.captured)
-    key = mask.key, versions, sizes, query.device
-    found = _masks.get(key, build, keep_alive=mask.captured, fits=lambda known: known[1].same(mask.captured))
+    kept = mask.key, versions, sizes, query.device
+    found = _masks.get(kept, build, keep_alive=mask.captured, fits=lambda known: known[1].same(mask.captured))
     return found[0], mask
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flexref.mod_objects import name_of
 
+_NO_DISPATCH = Tensor.__torch_dispatch__  # type: ignore[attr-defined]
 MASK_SIGNATURE = "mask_mod(b, h, q_idx, kv_idx)"
 SCORE_SIGNATURE = "score_mod(score, b, h, q_idx, kv_idx)"
 
@@ -44,11 +45,10 @@ def checked_lengths(lengths: object) -> tuple[int, int]:
 
 def check_list(name: str, x: object) -> None:
     """Raise TypeError or ValueError unless `x` is a tensor of integers whose memory can be read (or on meta, where none is)."""
-    integers = isinstance(x, Tensor) and x.dtype != torch.bool and not x.is_floating_point() and not x.is_complex()
-    if not integers:
+    if not isinstance(x, Tensor) or x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
-    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or x.layout != torch.strided or x.is_quantized:
+    if type(x).__torch_dispatch__ is not _NO_DISPATCH or x.layout != torch.strided or x.is_quantized:  # type: ignore
         raise TypeError(f"{name} must be a plain dense tensor, got {type(x).__name__} of layout {x.layout}")
     if not x.is_meta:
         try:

@@ -50,7 +50,7 @@ def _places(name: str, nt: object) -> tuple[Tensor, Tensor]:
         )
     if nt.lengths() is not None:  # type: ignore[attr-defined]
         raise ValueError(f"{name} has holes between its sequences; make it whole with .contiguous()")
-    offsets = nt.offsets().long()
+    offsets = nt.offsets().long()  # type: ignore[attr-defined]
     lengths = offsets.diff()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
     return sequence, offsets[:-1][sequence]

@@ -68,6 +68,8 @@ class BlockState:
     _grid: Grid
     _walk: Walk | None
     _leaves: tuple | None
+    _mask_mod: Callable
+    _separate: bool
     _agrees: bool
     _copies: dict[str, tuple[tuple, list]]
 
@@ -94,11 +96,30 @@ class BlockState:
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"cannot delete {name!r} of a BlockMask, which is immutable.", name=name, obj=self)
 
-    grid = property(lambda self: self._grid, doc="How positions fall into blocks.")
-    mask_mod = property(lambda self: self._mask_mod, doc="mask_mod(b, h, q_idx, kv_idx) -> bool.")
-    separate_full_blocks = property(lambda self: self._separate, doc="Whether full blocks are listed apart.")
-    B = property(lambda self: self._grid.B, doc="1, or query's batch.")
-    H = property(lambda self: self._grid.H, doc="1, or query's heads.")
+    @property
+    def grid(self) -> Grid:
+        """How positions fall into blocks."""
+        return self._grid
+
+    @property
+    def mask_mod(self) -> Callable:
+        """mask_mod(b, h, q_idx, kv_idx) -> bool."""
+        return self._mask_mod
+
+    @property
+    def separate_full_blocks(self) -> bool:
+        """Whether full blocks are listed apart."""
+        return self._separate
+
+    @property
+    def B(self) -> int:
+        """1, or query's batch."""
+        return self._grid.B
+
+    @property
+    def H(self) -> int:
+        """1, or query's heads."""
+        return self._grid.H
 
     @property
     def seq_lengths(self) -> tuple[int, int]:

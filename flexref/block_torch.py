@@ -100,14 +100,37 @@ class TorchForm(BlockState):
         full = to_padded(*lists[2:], shape, columns) if self.separate_full_blocks else (None, None)
         return *to_padded(*lists[:2], shape, columns), *full
 
-    kv_num_blocks = property(lambda self: self._by_row[0])
-    kv_indices = property(lambda self: self._by_row[1])
-    full_kv_num_blocks = property(lambda self: self._by_row[2])
-    full_kv_indices = property(lambda self: self._by_row[3])
-    q_num_blocks = property(lambda self: self._by_column[0])
-    q_indices = property(lambda self: self._by_column[1])
-    full_q_num_blocks = property(lambda self: self._by_column[2])
-    full_q_indices = property(lambda self: self._by_column[3])
+    @property
+    def kv_num_blocks(self) -> Tensor:
+        return self._by_row[0]
+
+    @property
+    def kv_indices(self) -> Tensor:
+        return self._by_row[1]
+
+    @property
+    def full_kv_num_blocks(self) -> Tensor | None:
+        return self._by_row[2]
+
+    @property
+    def full_kv_indices(self) -> Tensor | None:
+        return self._by_row[3]
+
+    @property
+    def q_num_blocks(self) -> Tensor:
+        return self._by_column[0]
+
+    @property
+    def q_indices(self) -> Tensor:
+        return self._by_column[1]
+
+    @property
+    def full_q_num_blocks(self) -> Tensor | None:
+        return self._by_column[2]
+
+    @property
+    def full_q_indices(self) -> Tensor | None:
+        return self._by_column[3]
 
     @overload
     def as_tuple(

@@ -75,7 +75,7 @@ def same_mod(a: object, b: object) -> bool:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and a.device == b.device and torch.equal(a, b)
-    if isinstance(a, (tuple, list)) and type(a) is type(b):
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and type(a) is type(b):
         return len(a) == len(b) and all(map(same_mod, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_mod(a[k], b[k]) for k in a)

@@ -140,12 +140,13 @@ def test_padded_lists_name_the_same_blocks_as_the_compressed_ones(problem):
     mod, *shape, size = problem
     mask = create_block_mask(mod, *shape, device="cpu", BLOCK_SIZE=size)
     kinds = kinds_of(brute(mod, *shape), size)
-    for counts, indices, wanted in (
+    lists: Any = (
         (mask.kv_num_blocks, mask.kv_indices, kinds == 1),
         (mask.full_kv_num_blocks, mask.full_kv_indices, kinds == 2),
         (mask.q_num_blocks, mask.q_indices, (kinds == 1).mT),
         (mask.full_q_num_blocks, mask.full_q_indices, (kinds == 2).mT),
-    ):
+    )
+    for counts, indices, wanted in lists:
         assert counts.dtype == indices.dtype == torch.int32
         assert counts.shape == wanted.shape[:3] and indices.shape == wanted.shape
         assert torch.equal(counts, wanted.sum(-1))
@@ -472,10 +473,10 @@ def test_lengths_zero_and_blocks_larger_than_the_mask():
         mask = create_block_mask(causal, *shape, device="cpu")
         assert mask.shape == shape and mask.sparsity() == 0 and mask.to_dense().sum() == 0
         assert str(mask) and repr(mask) and mask == pickle.loads(pickle.dumps(mask)) and ~(~mask) == mask
-    mask = create_block_mask(noop_mask, None, None, 10, 12, "cpu")
+    mask: Any = create_block_mask(noop_mask, None, None, 10, 12, "cpu")
     assert mask.sparsity() == 0.0 and mask.full_kv_num_blocks.tolist() == [[[1]]]
     assert create_block_mask(causal, None, None, 10, 12, "cpu", 1 << 30).BLOCK_SIZE == (1 << 30, 1 << 30)
-    large = create_block_mask(causal, None, None, 3000, 3000, "cpu", 2999)
+    large: Any = create_block_mask(causal, None, None, 3000, 3000, "cpu", 2999)
     assert large.kv_num_blocks.tolist() == [[[1, 0]]] and large.full_kv_num_blocks.tolist() == [[[0, 2]]]
 
 
@@ -664,7 +665,7 @@ def test_a_name_is_set_as_on_a_function_and_is_no_part_of_what_a_mod_is(what):
         kinds = [traced_mod(x, mask_or_score, torch.float32) for x in (plain, other)]
         assert kinds[0].graph == kinds[1].graph and kinds[0].names == kinds[1].names
     with pytest.raises(TypeError, match="__name__ of a mod must be a str, as of a function, got int"):
-        plain.__name__ = 3
+        plain.__name__ = 3  # type: ignore[assignment]
 
 
 def test_a_set_name_is_in_messages_and_prints():
@@ -691,7 +692,7 @@ def test_attributes_that_a_mod_may_read_are_part_of_what_it_is():
         assert Mine(make()) == Mine(make())
     assert Mine({"a": torch.arange(3)}) != Mine({"a": torch.arange(4)}) and Mine(np.arange(3)) != Mine(np.arange(3))
     other = Mine([1])
-    other.note = "read by nobody, but who knows"
+    other.note = "read by nobody, but who knows"  # type: ignore[attr-defined]
     assert other != Mine([1])
 
 
@@ -745,7 +746,7 @@ def test_packed_attention_is_that_of_each_sequence():
     mod = and_masks(causal, lambda b, h, q, k: table[starts[b] + k] > 0)
     mask = create_nested_block_mask(mod, 1, 1, query, BLOCK_SIZE=4)
     out = flex_attention(*(x.values()[None] for x in (query, key, value)), block_mask=mask)
-    nested = torch.nested.nested_tensor_from_jagged(out[0], query.offsets(), jagged_dim=2)
+    nested = torch.nested.nested_tensor_from_jagged(out[0], query.offsets(), jagged_dim=2)  # type: ignore[attr-defined]
     for i, parts in enumerate(zip(nested.unbind(), query.unbind(), key.unbind(), value.unbind(), strict=True)):
         found, *one = parts
         dense = create_mask(causal, 1, 1, lengths[i], lengths[i], "cpu")

@@ -21,7 +21,16 @@ from torch.utils import _pytree as pytree
 
 from flexref import flex_attention
 from flexref.block_lists import Lists
-from flexref.block_mask import BlockMask, and_masks, create_block_mask, noop_mask, not_mask, shift_mask
+from flexref.block_mask import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    noop_mask,
+    not_mask,
+    or_masks,
+    shift_mask,
+    xor_masks,
+)
 from flexref.block_state import loaded
 from flexref.variants import masks, score_mods
 
@@ -112,6 +121,7 @@ def damaged(**changes: Any) -> list:
     return list(causal_mask().csr._replace(**changes))
 
 
+ZEROS = torch._efficientzerotensor(4, dtype=torch.int32)  # type: ignore[attr-defined]
 HUGE = torch.tensor([0, 3 << 61, -(3 << 61), 0, 4])
 OUTSIDE = {
     "a column too far": (damaged(indices=torch.tensor([0, 1, 2, 9999], dtype=torch.int32)), "names column 9999"),
@@ -128,7 +138,7 @@ OUTSIDE = {
     "int32 offsets": (damaged(offsets=torch.arange(5, dtype=torch.int32)), "must be int64 offsets and int32 indices"),
     "floats": (damaged(indices=torch.zeros(4)), "indices must be a tensor of integers, got torch.float32"),
     "sparse": (damaged(indices=torch.zeros(4, dtype=torch.int32).to_sparse()), "must be a plain dense tensor"),
-    "zeros without memory": (damaged(indices=torch._efficientzerotensor(4, dtype=torch.int32)), "plain dense|no memory"),
+    "zeros without memory": (damaged(indices=ZEROS), "plain dense|no memory"),
     "two devices": (damaged(indices=torch.zeros(4, dtype=torch.int32, device="meta")), "are on cpu, meta"),
     "nothing": ([None] * 4, "offsets must be a tensor of integers, got NoneType"),
     "objects": ([object()] * 4, "offsets must be a tensor of integers, got object"),
@@ -251,7 +261,9 @@ def weights(mask: BlockMask) -> io.BytesIO:
 
 
 SAFE = {
-    "all kinds": lambda: not_mask(masks.sliding_window(5)) | masks.document(torch.arange(64) // 9) ^ shift_mask(masks.causal, 3),
+    "all kinds": lambda: or_masks(
+        not_mask(masks.sliding_window(5)), xor_masks(masks.document(torch.arange(64) // 9), shift_mask(masks.causal, 3))
+    ),
     "function": lambda: masks.causal,
     "nothing masked": lambda: noop_mask,
 }
