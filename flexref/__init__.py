@@ -1,6 +1,5 @@
 """FlexAttention with its meaning written down, and more than one engine to run it."""
-import importlib
-
+from flexref import variants  # its masks load with torch.load(weights_only=True) as soon as flexref is imported
 from flexref.block_mask import (
     BlockMask,
     and_masks,
@@ -27,11 +26,5 @@ __all__ = [
     "flex_attention",
     "noop_mask",
     "or_masks",
+    "variants",
 ]
-
-
-def __getattr__(name: str):
-    # a sub-package that nobody imported yet; importing it here would cost every user its time
-    if name == "variants":
-        return importlib.import_module("flexref.variants")
-    raise AttributeError(f"module 'flexref' has no attribute {name!r}")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flexref.argument_shapes import check_shapes, turned_lengths
 from flexref.arrays import shared_tensors
-from flexref.block_mask import BlockMask, Lists, create_block_mask, noop_mask
+from flexref.block_mask import BlockMask, create_block_mask, noop_mask
+from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.mods import Mod, shifted, traced_mod
 from flexref.recent import Recent
@@ -153,17 +154,19 @@ def _own_mask(block_mask) -> BlockMask | None:
 
 def _taken(theirs) -> BlockMask:
     """torch's BlockMask as ours, once for as long as its parts stay the same."""
-    tensors = [x for x in vars(theirs).values() if isinstance(x, Tensor)]
-    state = theirs.mask_mod, theirs.seq_lengths, theirs.BLOCK_SIZE, [(id(x), x._version) for x in tensors]
+    lists = (theirs.kv_num_blocks, theirs.kv_indices, theirs.full_kv_num_blocks, theirs.full_kv_indices)
+    tensors = [x for x in lists if isinstance(x, Tensor)]
+    state = theirs.mask_mod, theirs.seq_lengths, theirs.BLOCK_SIZE, len(tensors)
     known = _taken_over.get(theirs)
-    if known is None or known[0] != state:
-        known = _taken_over[theirs] = (state, BlockMask.from_torch(theirs))
-    return known[1]
+    if known is None or known[0] != state or not known[1].same(tensors):
+        # from_torch refuses what has no memory to be remembered
+        taken = BlockMask.from_torch(theirs)
+        known = _taken_over[theirs] = (state, Contents(tensors), taken)
+    return known[2]
 
 
 def _check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
-    for name, x in zip(Lists._fields, block_mask.csr, strict=True):
-        check_memory(f"the block_mask's list {name}", x)
+    block_mask.check_lists()
     q_len, kv_len = query.shape[2], key.shape[2]
     if tuple(block_mask.seq_lengths) != (q_len, kv_len):
         raise ValueError(
@@ -192,15 +195,17 @@ def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dty
         key.shape[2],
     )
 
-    def build() -> BlockMask:
+    def build() -> tuple[BlockMask, Contents]:
+        contents = Contents(mask.captured)
         with torch.no_grad():
-            return create_block_mask(mask_mod, *sizes, device=query.device)
+            return create_block_mask(mask_mod, *sizes, device=query.device), contents
 
     if mask.key is None or any(t.is_inference() for t in mask.captured):
-        return build(), mask
+        return build()[0], mask
     versions = tuple((id(t), t._version, t.data_ptr()) for t in mask.captured)
-    block_mask = _masks.get((mask.key, versions, sizes, query.device), build, keep_alive=mask.captured)
-    return block_mask, mask
+    kept = mask.key, versions, sizes, query.device
+    found = _masks.get(kept, build, keep_alive=mask.captured, fits=lambda known: known[1].same(mask.captured))
+    return found[0], mask
 
 
 def _merged(score: Mod | None, mask: Mod | None, device: torch.device):

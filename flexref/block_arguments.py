@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flexref.mod_objects import name_of
+from flexref.tensor_gate import check_memory
 
 MASK_SIGNATURE = "mask_mod(b, h, q_idx, kv_idx)"
 SCORE_SIGNATURE = "score_mod(score, b, h, q_idx, kv_idx)"
@@ -19,12 +20,36 @@ def checked_sizes(B: int | None, H: int | None, q_len: int, kv_len: int) -> tupl
 
 
 def checked_size(name: str, n, least: int = 0) -> int:
-    """`n` as an int. Raises TypeError for what is no integer, ValueError for one below `least`."""
+    """`n` as an int. Raises TypeError for what is no integer, ValueError for one below `least` or beyond 64 bits."""
+    size = checked_index(name, n)
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {n}")
+    if size >= 1 << 63:
+        raise ValueError(f"{name} must fit into 64 bits, got {n}")
+    return size
+
+
+def checked_index(name: str, n) -> int:
+    """`n` as an int. Raises TypeError for what is no integer."""
     if isinstance(n, (bool, Tensor)) or not hasattr(n, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(n).__name__}")
-    if int(n) < least:
-        raise ValueError(f"{name} must be at least {least}, got {n}")
     return int(n)
+
+
+def checked_lengths(lengths: object) -> tuple[int, int]:
+    """(q_len, kv_len). Raises TypeError or ValueError for what is no pair of sizes."""
+    if not isinstance(lengths, (tuple, list)) or len(lengths) != 2:
+        raise TypeError(f"seq_lengths must be a pair (q_len, kv_len), got {lengths!r}")
+    return checked_size("seq_lengths[0]", lengths[0]), checked_size("seq_lengths[1]", lengths[1])
+
+
+def check_list(name: str, x: object) -> None:
+    """Raise TypeError or ValueError unless `x` is a tensor of integers whose memory can be read (or on meta, where none is)."""
+    if not isinstance(x, Tensor) or x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+    if not x.is_meta:
+        check_memory(name, x)
 
 
 def checked_block_size(size) -> tuple[int, int]:
@@ -48,7 +73,10 @@ def kind_of_mod(fn: object, argument: str = "mod_fn") -> str:
         wanted = MASK_SIGNATURE if argument == "mask_mod" else f"{MASK_SIGNATURE} or {SCORE_SIGNATURE}"
         raise TypeError(f"{argument} must be a function {wanted}, got {type(fn).__name__}")
     try:
-        signature = inspect.signature(fn)
+        # what can be called is its own, and not that of a function that it wraps, unless it passes on whatever it is given
+        signature = inspect.signature(fn, follow_wrapped=False)
+        if any(x.kind is x.VAR_POSITIONAL for x in signature.parameters.values()):
+            signature = inspect.signature(fn)
     except (TypeError, ValueError):
         return "mask"
     for kind, count in (("mask", 4), ("score", 5)):

@@ -154,10 +154,12 @@ def first_problem(lists: Lists, grid: Grid) -> str | None:
 def _problems(name: str, offsets: Tensor, indices: Tensor, grid: Grid) -> Iterator[str]:
     if offsets.dtype != torch.int64 or indices.dtype != torch.int32:
         yield f"{name} lists are {offsets.dtype} and {indices.dtype}; they must be int64 offsets and int32 indices"
-    if offsets.shape != (grid.flat_rows + 1,) or int(offsets[0]) != 0 or int(offsets[-1]) != len(indices):
-        yield f"{name} offsets do not fit {grid.flat_rows} rows and {len(indices)} listed blocks"
+    fits = offsets.shape == (grid.flat_rows + 1,) and indices.dim() == 1
+    if not fits or int(offsets[0]) != 0 or int(offsets[-1]) != len(indices):
+        yield f"{name} offsets do not fit {grid.flat_rows} rows and {indices.numel()} listed blocks"
         return
-    if bool((offsets.diff() < 0).any()):
+    # compared, not subtracted: a difference of huge offsets wraps around
+    if bool((offsets[1:] < offsets[:-1]).any()):
         yield f"{name} offsets descend; they must be running sums of counts"
         return
     row = row_of_entry(offsets)

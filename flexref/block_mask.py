@@ -13,22 +13,30 @@ from torch import Tensor
 
 from flexref import block_algebra as algebra
 from flexref import block_print
-from flexref.block_arguments import check_mask_mod, checked_block_size, checked_device, checked_size, checked_sizes
+from flexref.block_arguments import (
+    check_mask_mod,
+    checked_block_size,
+    checked_device,
+    checked_index,
+    checked_size,
+    checked_sizes,
+)
 from flexref.block_build import build, create_mask
 from flexref.block_lists import FULL, Grid, Lists, expand, first_problem, row_of_entry, take_rows
+from flexref.block_state import Walk, loaded
 from flexref.block_torch import TorchForm
 from flexref.mask_mods import Offset, View, and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
 from flexref.mod_objects import moved, same_mod
 
 __all__ = ["BlockMask", "Lists", "and_masks", "create_block_mask", "create_mask", "noop_mask", "not_mask", "or_masks"]
-__all__ += ["shift_mask", "xor_masks"]
+__all__ += ["Walk", "shift_mask", "xor_masks"]
 
 
 class BlockMask(TorchForm):
     """Immutable. B and H are 1 or those of the query.
 
-    seq_lengths (q_len, kv_len); BLOCK_SIZE (q_block, kv_block); csr: the lists by row of query blocks, for kernels;
-    csc: by column; torch's padded tensors: see TorchForm.
+    seq_lengths (q_len, kv_len); BLOCK_SIZE (q_block, kv_block); walk: what engines read; csr, csc: the lists by row and by
+    column, and torch's padded tensors (see TorchForm): copies of them.
     """
 
     @property
@@ -43,7 +51,7 @@ class BlockMask(TorchForm):
     def sparsity(self) -> float:
         """Percent of the positions that lie in blocks not listed; 0 if there are no positions."""
         grid, listed = self.grid, 0
-        for offsets, indices in (self.csr[:2], self.csr[2:]):
+        for offsets, indices in (self._lists[:2], self._lists[2:]):
             row = row_of_entry(offsets) % max(grid.rows, 1)
             height = (grid.q_len - row * grid.q_block).clamp(max=grid.q_block)
             width = (grid.kv_len - indices.long() * grid.kv_block).clamp(max=grid.kv_block)
@@ -61,7 +69,7 @@ class BlockMask(TorchForm):
         return kinds > 0, kinds == FULL
 
     def _kinds(self) -> Tensor:
-        kinds = expand(self.csr, 0, self.grid.flat_rows, self.grid.columns)
+        kinds = expand(self._lists, 0, self.grid.flat_rows, self.grid.columns)
         return kinds.reshape(self.B, self.H, self.grid.rows, self.grid.columns)
 
     def to_string(self, grid_size: int | tuple[int, int] = (20, 20), limit: int = 4) -> str:
@@ -69,6 +77,8 @@ class BlockMask(TorchForm):
         return block_print.picture(self, grid_size, limit)
 
     def __str__(self) -> str:
+        if self._leaves is not None:
+            return repr(self)
         return f"BlockMask(shape={self.shape}, sparsity={self.sparsity():.2f}%,\n{self.to_string()}\n)"
 
     def __repr__(self) -> str:
@@ -78,12 +88,14 @@ class BlockMask(TorchForm):
         """The same lists, lengths and block sizes, and the same mask_mod."""
         if not isinstance(other, BlockMask):
             return NotImplemented
-        alike = self.grid == other.grid and self.device == other.device
-        pairs = zip(self.csr, other.csr, strict=True)
-        return alike and all(torch.equal(a, b) for a, b in pairs) and same_mod(self.mask_mod, other.mask_mod)
+        if self is other:
+            return True
+        # same_mod knows tensors, and what else may stand in the leaves of a tree
+        held = (x._leaves if x._leaves is not None else tuple(x._lists) for x in (self, other))
+        return self.grid == other.grid and same_mod(*held) and same_mod(self.mask_mod, other.mask_mod)
 
     def __hash__(self) -> int:
-        return hash((self.grid, len(self.csr.indices), len(self.csr.full_indices)))
+        return hash(self.grid)
 
     def validate(self, level: str = "structure") -> None:
         """Raise ValueError if the lists are not sound: in range, ascending, each once, not both full and partial.
@@ -92,9 +104,10 @@ class BlockMask(TorchForm):
         """
         if level not in ("structure", "semantic"):
             raise ValueError(f'level must be "structure" or "semantic", got {level!r}')
-        found = first_problem(self.csr, self.grid)
+        self.check_lists()
+        found = first_problem(self._lists, self.grid)
         if not found and level == "semantic":
-            found = algebra.disagreement(self.csr, self.mask_mod, self.grid, self.device)
+            found = algebra.disagreement(self._lists, self.mask_mod, self.grid, self.device)
         if found:
             raise ValueError(f"BlockMask of shape {self.shape}: {found}")
 
@@ -116,26 +129,27 @@ class BlockMask(TorchForm):
         new = grid._replace(B=len(b), H=len(h), q_len=q_len)
         b, h, row = (torch.tensor(x, dtype=torch.int64, device=device) for x in (b, h, row))
         flat = ((b[:, None] * grid.H + h)[:, :, None] * grid.rows + row).reshape(-1)
-        return self._make(new, take_rows(self.csr, flat), mod, self.separate_full_blocks, self._agrees)
+        return self._make(new, take_rows(self._lists, flat), mod, self.separate_full_blocks, self._agrees)
 
     def rows(self, start: int, stop: int) -> BlockMask:
         """For the queries start..stop alone, wherever blocks begin: index 0 stands for `start`, as in decoding."""
+        start, stop = checked_index("start", start), checked_index("stop", stop)
         if not 0 <= start <= stop <= self.grid.q_len:
             raise IndexError(f"rows {start} to {stop} are not within the {self.grid.q_len} queries")
         mod = View(self._agreeing().mask_mod, q_idx=Offset(start))
-        return _built(mod, self.grid._replace(q_len=stop - start), self.device, self.separate_full_blocks)
+        return _built(type(self), mod, self.grid._replace(q_len=stop - start), self.device, self.separate_full_blocks)
 
     def resize(self, q_len: int, kv_len: int) -> BlockMask:
         """For other lengths, asking mask_mod anew. Lists that say less than mask_mod can be cropped, but not grown."""
         grid = self.grid._replace(q_len=checked_size("q_len", q_len), kv_len=checked_size("kv_len", kv_len))
         if self._agreeing() is self:
-            return _built(self.mask_mod, grid, self.device, self.separate_full_blocks)
-        if q_len > self.grid.q_len or kv_len > self.grid.kv_len:
+            return _built(type(self), self.mask_mod, grid, self.device, self.separate_full_blocks)
+        if grid.q_len > self.grid.q_len or grid.kv_len > self.grid.kv_len:
             raise ValueError(
                 "this BlockMask lists other blocks than its mask_mod allows, so nothing is known of positions beyond "
-                f"{self.seq_lengths}; make one with create_block_mask(mask_mod, ..., {q_len}, {kv_len})"
+                f"{self.seq_lengths}; make one with create_block_mask(mask_mod, ..., {grid.q_len}, {grid.kv_len})"
             )
-        lists = algebra.crop(self.csr, self.grid, grid, self.device)
+        lists = algebra.crop(self._lists, self.grid, grid, self.device)
         return self._make(grid, lists, self.mask_mod, self.separate_full_blocks, False)
 
     _adjust = resize
@@ -143,10 +157,10 @@ class BlockMask(TorchForm):
     def _agreeing(self) -> BlockMask:
         """Self if lists and mask_mod allow the same, else a mask that has its lists in its mask_mod."""
         if not self._agrees:
-            if algebra.disagreement(self.csr, self.mask_mod, self.grid, self.device):
-                mod = algebra.listed_mod(self.csr, self.mask_mod, self.grid)
-                return self._make(self.grid, self.csr, mod, self.separate_full_blocks, True)
-            self._agrees = True
+            if algebra.disagreement(self._lists, self.mask_mod, self.grid, self.device):
+                mod = algebra.listed_mod(self._lists, self.mask_mod, self.grid)
+                return self._make(self.grid, self._lists, mod, self.separate_full_blocks, True)
+            vars(self)["_agrees"] = True
         return self
 
     def __and__(self, other: BlockMask) -> BlockMask:
@@ -161,8 +175,8 @@ class BlockMask(TorchForm):
         """Positions that are not allowed."""
         mod = not_mask(self._agreeing().mask_mod)
         if not self.separate_full_blocks:
-            return _built(mod, self.grid, self.device, False)
-        return self._make(self.grid, algebra.invert(self.csr, self.grid, self.device), mod, True, True)
+            return _built(type(self), mod, self.grid, self.device, False)
+        return self._make(self.grid, algebra.invert(self._lists, self.grid, self.device), mod, True, True)
 
     def _combined(self, op: str, combinator: Callable, other: BlockMask) -> BlockMask:
         grid = algebra.common_grid(self.grid, other.grid)
@@ -171,13 +185,13 @@ class BlockMask(TorchForm):
         masks = self._agreeing(), other._agreeing()
         mod = combinator(*(mask.mask_mod for mask in masks))
         if not (self.separate_full_blocks and other.separate_full_blocks):
-            return _built(mod, grid, self.device, False)
-        lists = algebra.combine(op, [(mask.csr, mask.grid) for mask in masks], mod, grid, self.device)
+            return _built(type(self), mod, grid, self.device, False)
+        lists = algebra.combine(op, [(mask._lists, mask.grid) for mask in masks], mod, grid, self.device)
         return self._make(grid, lists, mod, True, True)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """On `device`: the lists, and the tensors that mask_mod holds or captures in its closure."""
-        lists = Lists(*(x.to(device) for x in self.csr))
+        lists = Lists(*(x.to(device) for x in self._lists))
         return self._make(self.grid, lists, moved(self.mask_mod, device), self.separate_full_blocks, self._agrees)
 
 
@@ -202,11 +216,15 @@ def create_block_mask(
     """
     check_mask_mod(mask_mod)
     grid = Grid(*checked_sizes(B, H, Q_LEN, KV_LEN), *checked_block_size(BLOCK_SIZE))
-    return _built(mask_mod, grid, checked_device(device), separate_full_blocks)
+    return _built(BlockMask, mask_mod, grid, checked_device(device), separate_full_blocks)
 
 
-def _built(mask_mod: Callable, grid: Grid, device: torch.device, separate: bool) -> BlockMask:
+def _built(kind: type[BlockMask], mask_mod: Callable, grid: Grid, device: torch.device, separate: bool) -> BlockMask:
     lists = build(mask_mod, grid, device)
     if not separate:
         lists = algebra.unseparated(lists, grid, device)
-    return BlockMask._make(grid, lists, mask_mod, bool(separate), True)
+    return kind._make(grid, lists, mask_mod, bool(separate), True)
+
+
+# torch.load(weights_only=True) may make these; the classes of mods say it of themselves
+torch.serialization.add_safe_globals([BlockMask, loaded, noop_mask])

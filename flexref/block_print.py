@@ -22,7 +22,7 @@ def picture(mask: BlockMask, grid_size: int | tuple[int, int], limit: int) -> st
         raise ValueError(f"grid_size must be a positive int, -1, or a pair of them, got {grid_size!r}")
     grid, parts = mask.grid, []
     for bh in range(min(limit, grid.B * grid.H)):
-        kinds = expand(mask.csr, bh * grid.rows, (bh + 1) * grid.rows, grid.columns)
+        kinds = expand(mask.walk.csr, bh * grid.rows, (bh + 1) * grid.rows, grid.columns)
         parts.append("\n".join([f"({bh // grid.H}, {bh % grid.H})", *_lines(kinds.cpu(), *sizes)]))
     if limit < grid.B * grid.H:
         parts.append(f"... and {grid.B * grid.H - limit} more")
@@ -31,7 +31,10 @@ def picture(mask: BlockMask, grid_size: int | tuple[int, int], limit: int) -> st
 
 def description(mask: BlockMask) -> str:
     """What a BlockMask is, a line for each thing."""
-    lists = mask.csr
+    try:
+        lists = mask.walk.csr
+    except (TypeError, ValueError) as error:
+        return f"BlockMask(shape={mask.shape}, of leaves that are no lists: {error})"
     lines = [
         f"shape={mask.shape}",
         f"BLOCK_SIZE={mask.BLOCK_SIZE}",

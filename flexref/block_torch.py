@@ -2,26 +2,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor
 
-from flexref.block_arguments import check_mask_mod, checked_block_size, checked_size
-from flexref.block_lists import Grid, Lists, by_work, first_problem, from_padded, to_padded, transpose
+from flexref.block_arguments import check_list, check_mask_mod, checked_block_size, checked_lengths
+from flexref.block_lists import Grid, Lists, first_problem, from_padded, to_padded
+from flexref.block_state import BlockState, Walk
 from flexref.mask_mods import noop_mask
-from flexref.tensor_gate import check_memory
 
-# arguments of torch's constructors that order the work of its kernels and mean nothing
-TORCH_ONLY = frozenset({"dq_write_order", "dq_write_order_full", "dq_kv_order", "dq_kv_order_spt"})
+Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-class TorchForm:
-    """The half of BlockMask that speaks torch: made from padded tensors, and read as such.
+class TorchForm(BlockState):
+    """The third of BlockMask that speaks torch: made from padded tensors, and read as such.
 
     kv_num_blocks (B, H, rows), kv_indices (B, H, rows, columns), q_num_blocks (B, H, columns), q_indices (B, H, columns,
-    rows), and the same of full blocks, which are None if full blocks are not listed apart: int32, made when asked for.
+    rows), and the same of full blocks, which are None if full blocks are not listed apart: int32 copies, made when asked for.
     """
 
     def __init__(
@@ -37,22 +35,23 @@ class TorchForm:
         full_q_indices: Tensor | None = None,
         BLOCK_SIZE: int | tuple[int, int] = 128,
         mask_mod: Callable | None = None,
-        **torch_only: Any,
+        *,
+        dq_write_order: Tensor | None = None,
+        dq_write_order_full: Tensor | None = None,
+        dq_kv_order: Tensor | bool | None = None,
+        dq_kv_order_spt: bool | None = None,
     ):
         """From torch's padded tensors, as `from_kv_blocks`. Not read: the q_ lists, which are made from the kv_ lists,
         and torch's dq_ arguments, which order the work of its kernels."""
-        unknown = torch_only.keys() - TORCH_ONLY
-        if unknown:
-            raise TypeError(f"BlockMask got an unexpected argument {min(unknown)!r}")
         mask_mod = noop_mask if mask_mod is None else mask_mod
         check_mask_mod(mask_mod)
-        lengths = checked_size("seq_lengths[0]", seq_lengths[0]), checked_size("seq_lengths[1]", seq_lengths[1])
+        lengths = checked_lengths(seq_lengths)
         tensors = kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices
         grid, lists = lists_from_tensors(tensors, lengths, checked_block_size(BLOCK_SIZE))
-        self._set(grid, lists, mask_mod, full_kv_num_blocks is not None, False)
-        found = first_problem(lists, grid)
+        found = None if lists.offsets.is_meta else first_problem(lists, grid)
         if found:
             raise ValueError(f"BlockMask of shape {(grid.B, grid.H, *lengths)}: {found}")
+        self._set(grid, Walk(grid, lists), None, mask_mod, full_kv_num_blocks is not None, False)
 
     @classmethod
     def from_kv_blocks(
@@ -65,7 +64,10 @@ class TorchForm:
         mask_mod: Callable | None = None,
         seq_lengths: tuple[int, int] | None = None,
         compute_q_blocks: bool = True,
-        **torch_only: Any,
+        *,
+        dq_write_order: Tensor | None = None,
+        dq_write_order_full: Tensor | None = None,
+        dq_kv_order: Tensor | bool | None = None,
     ) -> Self:
         """From counts (B, H, rows) and indices (B, H, rows, width) of integers; width may be less than the columns.
 
@@ -76,65 +78,69 @@ class TorchForm:
             sizes = checked_block_size(BLOCK_SIZE)
             seq_lengths = default_lengths(kv_num_blocks, kv_indices, full_kv_indices, sizes)
         lists = kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices
-        return cls(seq_lengths, *lists, BLOCK_SIZE=BLOCK_SIZE, mask_mod=mask_mod, **torch_only)
+        return cls(seq_lengths, *lists, BLOCK_SIZE=BLOCK_SIZE, mask_mod=mask_mod)
 
     @classmethod
     def from_torch(cls, block_mask: Any) -> Self:
         """The same mask from a torch.nn.attention.flex_attention.BlockMask."""
         return cls.from_kv_blocks(**from_torch_arguments(block_mask))
 
-    @classmethod
-    def _make(cls, grid: Grid, lists: Lists, mask_mod: Callable, separate: bool, agrees: bool) -> Self:
-        mask = cls.__new__(cls)
-        mask._set(grid, lists, mask_mod, separate, agrees)
-        return mask
+    @property
+    def _by_row(self) -> Columns:
+        grid = self.grid
+        return self._copied("by_row", lambda: self._padded(self._lists, grid.rows, grid.columns))  # type: ignore[return-value]
 
-    def _set(self, grid: Grid, lists: Lists, mask_mod: Callable, separate: bool, agrees: bool) -> None:
-        self.grid, self.csr, self.mask_mod, self.separate_full_blocks = grid, lists, mask_mod, separate
-        self.seq_lengths, self.BLOCK_SIZE = (grid.q_len, grid.kv_len), (grid.q_block, grid.kv_block)
-        self.B, self.H, self.device = grid.B, grid.H, lists.offsets.device
-        # whether the lists are known to allow exactly what mask_mod does
-        self._agrees = agrees
-
-    def __reduce__(self):
-        return type(self)._make, (self.grid, self.csr, self.mask_mod, self.separate_full_blocks, self._agrees)
-
-    @cached_property
-    def csc(self) -> Lists:
-        """The same lists by column: flat row (b * H + h) * columns + column lists rows of query blocks."""
-        return Lists(*transpose(*self.csr[:2], self.grid), *transpose(*self.csr[2:], self.grid))
-
-    @cached_property
-    def row_order(self) -> Tensor:
-        """int32 (B * H * rows,): the flat rows of csr, those that list the most blocks first, for launching in that order."""
-        return by_work(self.csr)
-
-    @cached_property
-    def column_order(self) -> Tensor:
-        """int32 (B * H * columns,): the flat columns of csc, those that list the most blocks first."""
-        return by_work(self.csc)
-
-    @cached_property
-    def _by_row(self) -> tuple[Any, ...]:
-        return self._padded(self.csr, self.grid.rows, self.grid.columns)
-
-    @cached_property
-    def _by_column(self) -> tuple[Any, ...]:
-        return self._padded(self.csc, self.grid.columns, self.grid.rows)
+    @property
+    def _by_column(self) -> Columns:
+        grid = self.grid
+        return self._copied("by_column", lambda: self._padded(self.walk.csc, grid.columns, grid.rows))  # type: ignore[return-value]
 
     def _padded(self, lists: Lists, rows: int, columns: int) -> tuple[Any, ...]:
         shape = self.grid.B, self.grid.H, rows
         full = to_padded(*lists[2:], shape, columns) if self.separate_full_blocks else (None, None)
         return *to_padded(*lists[:2], shape, columns), *full
 
-    kv_num_blocks = property(lambda self: self._by_row[0])
-    kv_indices = property(lambda self: self._by_row[1])
-    full_kv_num_blocks = property(lambda self: self._by_row[2])
-    full_kv_indices = property(lambda self: self._by_row[3])
-    q_num_blocks = property(lambda self: self._by_column[0])
-    q_indices = property(lambda self: self._by_column[1])
-    full_q_num_blocks = property(lambda self: self._by_column[2])
-    full_q_indices = property(lambda self: self._by_column[3])
+    @property
+    def kv_num_blocks(self) -> Tensor:
+        return self._by_row[0]
+
+    @property
+    def kv_indices(self) -> Tensor:
+        return self._by_row[1]
+
+    @property
+    def full_kv_num_blocks(self) -> Tensor | None:
+        return self._by_row[2]
+
+    @property
+    def full_kv_indices(self) -> Tensor | None:
+        return self._by_row[3]
+
+    @property
+    def q_num_blocks(self) -> Tensor:
+        return self._by_column[0]
+
+    @property
+    def q_indices(self) -> Tensor:
+        return self._by_column[1]
+
+    @property
+    def full_q_num_blocks(self) -> Tensor | None:
+        return self._by_column[2]
+
+    @property
+    def full_q_indices(self) -> Tensor | None:
+        return self._by_column[3]
+
+    @overload
+    def as_tuple(
+        self, flatten: Literal[True] = ...
+    ) -> tuple[int, int, *Columns, *Columns, None, None, None, None, int, int, Callable]: ...
+
+    @overload
+    def as_tuple(
+        self, flatten: Literal[False]
+    ) -> tuple[tuple[int, int], *Columns, *Columns, None, None, None, None, tuple[int, int], Callable]: ...
 
     def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
         """The attributes in torch's order, None for its four dq_ ones; `flatten` spreads lengths and block sizes."""
@@ -146,8 +152,9 @@ class TorchForm:
         from torch.nn.attention import flex_attention as theirs
 
         mask_mod = theirs.noop_mask if self.mask_mod is noop_mask else self.mask_mod
+        lists = self._padded(self._lists, self.grid.rows, self.grid.columns)
         return theirs.BlockMask.from_kv_blocks(
-            *self._by_row, BLOCK_SIZE=self.BLOCK_SIZE, mask_mod=mask_mod, seq_lengths=self.seq_lengths
+            *lists, BLOCK_SIZE=self.BLOCK_SIZE, mask_mod=mask_mod, seq_lengths=self.seq_lengths
         )
 
 
@@ -166,8 +173,8 @@ def from_torch_arguments(block_mask: Any) -> dict[str, Any]:
 
 def default_lengths(counts: Any, indices: Any, full_indices: Any, block_size: tuple[int, int]) -> tuple[int, int]:
     """torch's lengths where none are given: whole blocks, as many columns as the indices are wide."""
-    _check_integers("kv_num_blocks", counts)
-    _check_integers("kv_indices", indices)
+    check_list("kv_num_blocks", counts)
+    check_list("kv_indices", indices)
     widths = [x.shape[-1] for x in (indices, full_indices) if isinstance(x, Tensor) and x.dim()]
     if not counts.dim() or not widths:
         raise ValueError("kv_num_blocks and kv_indices must be (B, H, rows) and (B, H, rows, width), got a 0-d tensor")
@@ -201,8 +208,8 @@ def lists_from_tensors(
 
 def _checked(name: str, counts: Any, indices: Any) -> tuple[Tensor, Tensor]:
     """Counts as (B, H, rows), indices as (B, H, rows, width)."""
-    _check_integers(f"{name}_num_blocks", counts)
-    _check_integers(f"{name}_indices", indices)
+    check_list(f"{name}_num_blocks", counts)
+    check_list(f"{name}_indices", indices)
     if not 1 <= counts.dim() <= 3 or indices.shape[:-1] != counts.shape or not indices.dim():
         raise ValueError(
             f"{name}_num_blocks must be (B, H, rows) and {name}_indices (B, H, rows, width), "
@@ -216,12 +223,3 @@ def _checked(name: str, counts: Any, indices: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{name}_num_blocks counts {int(wrong[0])} blocks in a row; {name}_indices holds 0 to {width}")
     missing = (1,) * (3 - counts.dim())
     return counts.reshape(*missing, *counts.shape), indices.reshape(*missing, *indices.shape)
-
-
-def _check_integers(name: str, x: object) -> None:
-    if isinstance(x, Tensor):
-        check_memory(name, x)
-    integers = isinstance(x, Tensor) and x.dtype != torch.bool and not x.is_floating_point() and not x.is_complex()
-    if not integers:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a tensor of integers, got {got}")

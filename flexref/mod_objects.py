@@ -1,36 +1,66 @@
 """Mods that are objects, so that what is made of mods still prints, compares, pickles and moves between devices."""
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# what functions carry beside their meaning, and functools.update_wrapper sets
+LABELS = frozenset((*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "__annotations__", "__signature__"))
+
 
 class CallableMod:
-    """Base of mods that are objects: what identifies one is its type and its attributes."""
+    """Base of mods that are objects: what identifies one is its type and its attributes.
+
+    A name, docstring and so on may be set, as on a function: they are LABELS, which print and are no part of what it is.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("flexref."):
+            # loading one runs no code: torch.load(weights_only=True) may
+            torch.serialization.add_safe_globals([cls])
 
     @property
     def __name__(self) -> str:
-        return repr(self)
+        return vars(self).get("__name__") or repr(self)
+
+    @__name__.setter
+    def __name__(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"__name__ of a mod must be a str, as of a function, got {type(name).__name__}")
+        vars(self)["__name__"] = name
 
     def __repr__(self) -> str:
-        held = vars(self).items()
+        name = vars(self).get("__name__")
+        return f"<{name}: {self._text()}>" if name else self._text()
+
+    def _text(self) -> str:
+        held = self._held().items()
         return f"{type(self).__name__}({', '.join(f'{k}={_printed(v)}' for k, v in held if v is not None)})"
+
+    def _held(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in LABELS}
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return type(self) is type(other) and same_mod(tuple(vars(self).values()), tuple(vars(other).values()))
+        return type(self) is type(other) and same_mod(self._held(), other._held())  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
-        return hash((type(self), *(v for v in vars(self).values() if isinstance(v, (int, float, str)))))
+        return hash((type(self), *(v for v in self._held().values() if isinstance(v, (int, float, str)))))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what it wraps may be a local function, which could not be pickled
+        return {k: v for k, v in vars(self).items() if k != "__wrapped__"}
 
     def to(self, device: torch.device | str) -> CallableMod:
         """The same mod with every tensor that it holds on `device`."""
         copy = object.__new__(type(self))
-        vars(copy).update({k: moved(v, device) for k, v in vars(self).items()})
+        vars(copy).update({k: v if k in LABELS else moved(v, device) for k, v in vars(self).items()})
         return copy
 
 
@@ -45,11 +75,16 @@ def same_mod(a: object, b: object) -> bool:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and a.device == b.device and torch.equal(a, b)
-    if isinstance(a, tuple) and isinstance(b, tuple):
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and type(a) is type(b):
         return len(a) == len(b) and all(map(same_mod, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_mod(a[k], b[k]) for k in a)
     if isinstance(a, types.FunctionType) and isinstance(b, types.FunctionType):
         return _same_function(a, b)
-    return type(a) is type(b) and bool(a == b)
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except (RuntimeError, TypeError, ValueError):  # an array, or what else does not compare to one bool
+        return False
 
 
 def _same_function(a: types.FunctionType, b: types.FunctionType) -> bool:

@@ -16,13 +16,16 @@ class Recent:
         self._entries: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], Any], keep_alive: object = None) -> Any:
-        """The value of `key`. `keep_alive` stays referenced with it, so that an id in the key stays that object's."""
+    def get(
+        self, key: Hashable, make: Callable[[], Any], keep_alive: object = None, fits: Callable[[Any], bool] | None = None
+    ) -> Any:
+        """The value of `key`, made anew if it does not fit. `keep_alive` stays referenced, so that an id in the key stays its."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
                 self._entries.move_to_end(key)
-                return entry[0]
+        if entry is not None and (fits is None or fits(entry[0])):
+            return entry[0]
         value = make()
         with self._lock:
             self._entries[key] = (value, keep_alive)

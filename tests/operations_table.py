@@ -23,8 +23,8 @@ ONE = {
     tanh trunc deg2rad rad2deg nan_to_num digamma logit selu celu""".split()},
     **{f"special.{name}": getattr(S, name) for name in """entr expit ndtr exp2 expm1 erf erfc log1p sinc psi
     gammaln""".split()},
-    **{f"F.{name}": getattr(F, name) for name in """elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu6
-    silu softplus softshrink softsign tanhshrink""".split()},
+    **{f"F.{name}": getattr(F, name) for name in """elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid
+    mish relu6 silu softplus softshrink softsign tanhshrink""".split()},
     "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
     "elu 0.7": lambda x: F.elu(x, 0.7),
     "celu 0.7": lambda x: F.celu(x, 0.7),

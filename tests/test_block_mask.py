@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.nn.attention import flex_attention as torch_flex
 
-from flexref import block_build
+from flexref import block_build, flex_attention
 from flexref.block_mask import (
     BlockMask,
     and_masks,
@@ -30,7 +31,10 @@ from flexref.block_mask import (
     shift_mask,
     xor_masks,
 )
-from flexref.variants import masks
+from flexref.block_nested import create_nested_block_mask
+from flexref.mod_objects import name_of
+from flexref.program.mods import traced_mod
+from flexref.variants import masks, score_mods
 
 FEW = settings(max_examples=30, deadline=None)
 
@@ -136,12 +140,13 @@ def test_padded_lists_name_the_same_blocks_as_the_compressed_ones(problem):
     mod, *shape, size = problem
     mask = create_block_mask(mod, *shape, device="cpu", BLOCK_SIZE=size)
     kinds = kinds_of(brute(mod, *shape), size)
-    for counts, indices, wanted in (
+    lists: Any = (
         (mask.kv_num_blocks, mask.kv_indices, kinds == 1),
         (mask.full_kv_num_blocks, mask.full_kv_indices, kinds == 2),
         (mask.q_num_blocks, mask.q_indices, (kinds == 1).mT),
         (mask.full_q_num_blocks, mask.full_q_indices, (kinds == 2).mT),
-    ):
+    )
+    for counts, indices, wanted in lists:
         assert counts.dtype == indices.dtype == torch.int32
         assert counts.shape == wanted.shape[:3] and indices.shape == wanted.shape
         assert torch.equal(counts, wanted.sum(-1))
@@ -311,7 +316,7 @@ MALFORMED = {
     "block size": (dict(BLOCK_SIZE=0), ValueError, "BLOCK_SIZE must be at least 1, got 0"),
     "block sizes": (dict(BLOCK_SIZE=(4, 4, 4)), ValueError, "BLOCK_SIZE must be an int or a pair"),
     "score_mod": (dict(mask_mod=lambda s, b, h, q, k: s), TypeError, "takes 5 arguments, as a score_mod does"),
-    "unknown": (dict(colour=3), TypeError, "unexpected argument 'colour'"),
+    "unknown": (dict(colour=3), TypeError, "unexpected keyword argument 'colour'"),
 }
 
 
@@ -324,13 +329,14 @@ def test_malformed_lists_are_refused(what):
 
 def test_validate_finds_what_was_done_to_a_mask():
     mask = create_block_mask(causal, None, None, 8, 8, "cpu", 4)
-    mask.csr.full_indices[0] = 1
+    mask.walk.csr.full_indices[0] = 1
     with pytest.raises(ValueError, match=r"\(b=0, h=0\) row 1, column 1 is listed both"):
         mask.validate()
     with pytest.raises(ValueError, match='level must be "structure" or "semantic"'):
         mask.validate("deep")
     mask = create_block_mask(causal, None, None, 8, 8, "cpu", 4)
-    mask.mask_mod = masks.sliding_window(2)
+    lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=4, mask_mod=masks.sliding_window(2), seq_lengths=(8, 8))
     mask.validate()
     with pytest.raises(ValueError, match=r"row 1, column 0 is listed full, but mask_mod sliding_window\(size=2\) masks"):
         mask.validate("semantic")
@@ -467,10 +473,10 @@ def test_lengths_zero_and_blocks_larger_than_the_mask():
         mask = create_block_mask(causal, *shape, device="cpu")
         assert mask.shape == shape and mask.sparsity() == 0 and mask.to_dense().sum() == 0
         assert str(mask) and repr(mask) and mask == pickle.loads(pickle.dumps(mask)) and ~(~mask) == mask
-    mask = create_block_mask(noop_mask, None, None, 10, 12, "cpu")
+    mask: Any = create_block_mask(noop_mask, None, None, 10, 12, "cpu")
     assert mask.sparsity() == 0.0 and mask.full_kv_num_blocks.tolist() == [[[1]]]
     assert create_block_mask(causal, None, None, 10, 12, "cpu", 1 << 30).BLOCK_SIZE == (1 << 30, 1 << 30)
-    large = create_block_mask(causal, None, None, 3000, 3000, "cpu", 2999)
+    large: Any = create_block_mask(causal, None, None, 3000, 3000, "cpu", 2999)
     assert large.kv_num_blocks.tolist() == [[[1, 0]]] and large.full_kv_num_blocks.tolist() == [[[0, 2]]]
 
 
@@ -611,8 +617,151 @@ def test_a_long_mask_is_never_held_dense():
 
 def test_rows_and_columns_are_ordered_by_work():
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 48, 64, device="cpu", BLOCK_SIZE=16)
-    assert mask.row_order.tolist() == [2, 1, 0] and mask.row_order.dtype == torch.int32
-    assert mask.column_order.tolist() == [0, 1, 2, 3]
+    assert mask.walk.row_order.tolist() == [2, 1, 0] and mask.walk.row_order.dtype == torch.int32
+    assert mask.walk.column_order.tolist() == [0, 1, 2, 3]
     upside_down = create_block_mask(lambda b, h, q, k: (q >= k) ^ (h == 1), None, 2, 48, 48, device="cpu", BLOCK_SIZE=16)
-    counts = (upside_down.csr.offsets.diff() + upside_down.csr.full_offsets.diff())[upside_down.row_order.long()]
-    assert (counts.diff() <= 0).all() and sorted(upside_down.row_order.tolist()) == list(range(6))
+    counts = (upside_down.csr.offsets.diff() + upside_down.csr.full_offsets.diff())[upside_down.walk.row_order.long()]
+    assert (counts.diff() <= 0).all() and sorted(upside_down.walk.row_order.tolist()) == list(range(6))
+
+
+def sliced_mod():
+    return create_block_mask(heads_differ, 2, 2, 20, 20, "cpu", 4)[1, 0].mask_mod
+
+
+MADE = {
+    "and_masks": lambda: and_masks(causal, masks.sliding_window(3)),
+    "or_masks": lambda: or_masks(causal, masks.document(torch.arange(20) // 7)),
+    "xor_masks": lambda: xor_masks(causal, noop_mask),
+    "not_mask": lambda: not_mask(causal),
+    "shift_mask": lambda: shift_mask(causal, 3),
+    "slice": sliced_mod,
+    "rows": lambda: create_block_mask(causal, 1, 1, 20, 20, "cpu", 4).rows(3, 9).mask_mod,
+    "listed": lambda: by_hand()._agreeing().mask_mod,
+    "window": lambda: masks.sliding_window(3),
+    "soft_cap": lambda: score_mods.soft_cap(3.0),
+    "compose": lambda: score_mods.compose(score_mods.soft_cap(3.0), score_mods.relative_position),
+}
+
+
+@pytest.mark.parametrize("what", MADE)
+def test_a_name_is_set_as_on_a_function_and_is_no_part_of_what_a_mod_is(what):
+    def local(b, h, q_idx, kv_idx):
+        """Says something."""
+
+    plain, named, wrapping = (MADE[what]() for _ in range(3))
+    text = repr(plain)
+    assert plain.__name__ == text
+    named.__name__ = "mine"
+    functools.update_wrapper(wrapping, local)
+    wrapping.__qualname__ = "outer.local"
+    assert repr(named) == f"<mine: {text}>" and name_of(named) == "mine"
+    assert (wrapping.__name__, wrapping.__doc__, wrapping.__wrapped__) == ("local", "Says something.", local)
+    assert (wrapping.__module__, wrapping.__qualname__) == (__name__, "outer.local")
+    for other in (named, wrapping):
+        assert other == plain and plain == other and hash(other) == hash(plain) and {plain: 1}[other] == 1
+        for same in (copy.copy(other), copy.deepcopy(other), pickle.loads(pickle.dumps(other)), other.to("cpu")):
+            assert same == plain and same.__name__ == other.__name__ and same.__doc__ == other.__doc__
+        mask_or_score = "score" if isinstance(plain, (score_mods.soft_cap, score_mods.compose)) else "mask"
+        kinds = [traced_mod(x, mask_or_score, torch.float32) for x in (plain, other)]
+        assert kinds[0].graph == kinds[1].graph and kinds[0].names == kinds[1].names
+    with pytest.raises(TypeError, match="__name__ of a mod must be a str, as of a function, got int"):
+        plain.__name__ = 3  # type: ignore[assignment]
+
+
+def test_a_set_name_is_in_messages_and_prints():
+    mod = and_masks(causal, lambda b, h, q, k: q)
+    mod.__name__ = "mine"  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="mask_mod mine must return a bool"):
+        create_block_mask(mod, None, None, 20, 20, "cpu")
+    named = not_mask(causal)
+    named.__name__ = "late"  # type: ignore[attr-defined]
+    mask, same = (create_block_mask(m, None, None, 20, 20, "cpu", 4) for m in (named, not_mask(causal)))
+    assert "mask_mod=late" in repr(mask) and mask == same and repr(and_masks(named, causal)) == "and_masks(late, causal)"
+
+
+def test_attributes_that_a_mod_may_read_are_part_of_what_it_is():
+    class Mine(masks.MaskMod):
+        def __init__(self, values):
+            self.values = values
+
+        def __call__(self, b, h, q_idx, kv_idx):
+            return q_idx >= self.values[0]
+
+    assert Mine([1]) == Mine([1]) != Mine([2])
+    for make in (lambda: [torch.arange(3)], lambda: {"a": torch.arange(3)}, lambda: (torch.arange(3), [torch.ones(2)])):
+        assert Mine(make()) == Mine(make())
+    assert Mine({"a": torch.arange(3)}) != Mine({"a": torch.arange(4)}) and Mine(np.arange(3)) != Mine(np.arange(3))
+    other = Mine([1])
+    other.note = "read by nobody, but who knows"  # type: ignore[attr-defined]
+    assert other != Mine([1])
+
+
+def test_what_a_mod_wraps_does_not_say_how_it_is_called():
+    @functools.wraps(causal)
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return torch.where(causal(b, h, q_idx, kv_idx), score, -float("inf"))
+
+    @functools.wraps(score_mod.__wrapped__)
+    def passed_on(*at):
+        return causal(*at)
+
+    for mod in (score_mod, passed_on, causal):
+        assert torch.equal(create_mask(mod, 1, 1, 5, 5, "cpu"), brute(causal, 1, 1, 5, 5))
+    with pytest.raises(TypeError, match="takes 5 arguments, as a score_mod does"):
+        create_block_mask(score_mod, 1, 1, 5, 5, "cpu")
+
+
+def jagged(lengths, heads=2, width=8):
+    parts = [torch.randn(n, heads, width) for n in lengths]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+
+
+def by_sequence(b, h, q_idx, kv_idx):
+    return (q_idx >= kv_idx) & (kv_idx >= b - h)
+
+
+@pytest.mark.parametrize("kv_lengths", (None, (3, 8, 1, 4)))
+def test_a_nested_mask_is_each_sequence_s_own(kv_lengths):
+    lengths = (5, 9, 0, 3)
+    q_nt = jagged(lengths)
+    kv_nt = None if kv_lengths is None else jagged(kv_lengths)
+    mask = create_nested_block_mask(by_sequence, None, 2, q_nt, kv_nt, BLOCK_SIZE=4, _compile=True)
+    wanted = torch.zeros(1, 2, sum(lengths), sum(kv_lengths or lengths), dtype=torch.bool)
+    q_start = kv_start = 0
+    for i, (n, m) in enumerate(zip(lengths, kv_lengths or lengths, strict=True)):
+        for h in range(2):
+            for q in range(n):
+                for kv in range(m):
+                    wanted[0, h, q_start + q, kv_start + kv] = by_sequence(i, h, q, kv)
+        q_start, kv_start = q_start + n, kv_start + m
+    assert torch.equal(allowed(mask), wanted) and pickle.loads(pickle.dumps(mask)) == mask
+    mask.validate("semantic")
+
+
+def test_packed_attention_is_that_of_each_sequence():
+    lengths = (5, 9, 3)
+    query, key, value = (jagged(lengths) for _ in range(3))
+    table, starts = torch.ones(17), torch.tensor([0, 5, 14])
+    # a place that only a longer sequence has would be read out of range for the last one
+    mod = and_masks(causal, lambda b, h, q, k: table[starts[b] + k] > 0)
+    mask = create_nested_block_mask(mod, 1, 1, query, BLOCK_SIZE=4)
+    out = flex_attention(*(x.values()[None] for x in (query, key, value)), block_mask=mask)
+    nested = torch.nested.nested_tensor_from_jagged(out[0], query.offsets(), jagged_dim=2)  # type: ignore[attr-defined]
+    for i, parts in enumerate(zip(nested.unbind(), query.unbind(), key.unbind(), value.unbind(), strict=True)):
+        found, *one = parts
+        dense = create_mask(causal, 1, 1, lengths[i], lengths[i], "cpu")
+        torch.testing.assert_close(found[None], torch.nn.functional.scaled_dot_product_attention(*(x[None] for x in one), dense))
+
+
+def test_what_is_not_nested_is_told_what_to_use():
+    dense, nested = torch.randn(3, 2, 5, 8), jagged((5, 9))
+    holes = torch.nested.narrow(torch.randn(2, 9, 8), 1, torch.tensor([0, 3]), torch.tensor([4, 5]), torch.jagged)
+    for wrong, error, text in (
+        ((dense,), TypeError, "q_nt must be a nested tensor of layout torch.jagged, got layout torch.strided.*masks.document"),
+        (([5, 9],), TypeError, "q_nt must be a nested tensor of layout torch.jagged, got list"),
+        ((nested, dense), TypeError, "kv_nt must be a nested tensor"),
+        ((nested, jagged((5, 9, 1))), ValueError, "q_nt has 2 sequences on cpu, kv_nt 3 on cpu"),
+        ((holes,), ValueError, "q_nt has holes between its sequences"),
+    ):
+        with pytest.raises(error, match=text):
+            create_nested_block_mask(causal, 1, 1, *wrong)  # type: ignore[arg-type]

@@ -223,9 +223,9 @@ class Call:
         own_len = p.q_len * (p.group if packed else 1)
         own_block = own_len if packed or p.block_size is None else p.block_size[0]
         rows = 1 if packed else -(-p.q_len // own_block)
-        self._lists(None if mask is None else mask.csr, rows)
+        self._lists(None if mask is None else mask.walk.csr, rows)
         if mask is not None:
-            self.point(order=mask.row_order)
+            self.point(order=mask.walk.row_order)
         self.number(own_len=own_len, own_block=own_block, list_len=p.kv_len)
         self.number(list_block=p.block_size[1] if p.block_size else p.kv_len)
         return self._tasks(rows, min(own_block, own_len), tiles, p.batch, p.kv_heads if packed else p.q_heads)
@@ -235,8 +235,8 @@ class Call:
         p, mask = self.problem, self.tensors.block_mask
         own_block = p.kv_len if p.block_size is None else p.block_size[1]
         columns = -(-p.kv_len // own_block)
-        self._lists(None if mask is None else mask.csc, columns)
-        self.point(order=mask.column_order if mask is not None and mask.B * mask.H == 1 else None)
+        self._lists(None if mask is None else mask.walk.csc, columns)
+        self.point(order=mask.walk.column_order if mask is not None and mask.B * mask.H == 1 else None)
         self.number(own_len=p.kv_len, own_block=own_block, list_len=p.q_len)
         self.number(list_block=p.block_size[0] if p.block_size else p.q_len)
         tasks = self._tasks(columns, min(own_block, p.kv_len), tiles, p.kv_batch, p.kv_heads)

@@ -152,7 +152,7 @@ class _Call:
         mask = self.tensors.block_mask
         if mask is None:
             return
-        lists = mask.csr
+        lists = mask.walk.csr
         for at, x in zip((P.offsets, P.indices, P.full_offsets, P.full_indices), lists, strict=True):
             self.params[at] = x.data_ptr()
         rows = int(self.params[P.rows])

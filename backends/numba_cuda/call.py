@@ -54,11 +54,12 @@ class Call:
         if mask is None:
             long, short = (self.device.zeros(dtype, self.tensors.query) for dtype in (torch.int64, torch.int32))
             return [long, short, long, short, short]
+        walk = mask.walk
         if kind == "csr":
-            return [*mask.csr, mask.row_order]
+            return [*walk.csr, walk.row_order]
         if mask.B * mask.H == 1:
-            return [*mask.csc, mask.column_order]
-        return [*mask.csc, torch.arange(self.numbers["MASK_COLUMNS"], dtype=torch.int32, device=mask.csc.offsets.device)]
+            return [*walk.csc, walk.column_order]
+        return [*walk.csc, torch.arange(self.numbers["MASK_COLUMNS"], dtype=torch.int32, device=walk.csc.offsets.device)]
 
     def row_tasks(self) -> int:
         """Blocks of threads that cover every query row once."""

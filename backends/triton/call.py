@@ -90,8 +90,8 @@ class Call:
         q_block, kv_block = p.block_size or (p.q_len, p.kv_len)
         rows, columns = -(-p.q_len // q_block), -(-p.kv_len // kv_block)
         mask_batch, mask_heads = (1, 1) if mask is None else (mask.B, mask.H)
-        lists = (None,) * 4 if mask is None else mask.csc if by_column else mask.csr
-        order = None if mask is None else mask.column_order if by_column else mask.row_order
+        lists = (None,) * 4 if mask is None else mask.walk.csc if by_column else mask.walk.csr
+        order = None if mask is None else mask.walk.column_order if by_column else mask.walk.row_order
         replicas = (p.batch if mask_batch == 1 else 1) * (heads if mask_heads == 1 else 1)
         lines = columns if by_column else rows
         return {

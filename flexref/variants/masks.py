@@ -166,3 +166,6 @@ def _integers(name: str, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         wanted = " or ".join(map(str, dims))
         raise TypeError(f"{name} must be an integer tensor of {wanted} dimensions, got {got}")
     return x
+
+# as its objects are, torch.load(weights_only=True) may refer to its functions
+torch.serialization.add_safe_globals([causal])

@@ -88,10 +88,13 @@ class compose(CallableMod):
                 raise TypeError(f"compose: argument {i} must be a score_mod, got {type(mod).__name__}")
         self.mods = mods
 
-    def __repr__(self) -> str:
+    def _text(self) -> str:
         return f"compose({', '.join(map(name_of, self.mods))})"
 
     def __call__(self, score, b, h, q_idx, kv_idx):
         for mod in self.mods:
             score = mod(score, b, h, q_idx, kv_idx)
         return score
+
+# as its objects are, torch.load(weights_only=True) may refer to its functions
+torch.serialization.add_safe_globals([causal, relative_position])
