@@ -211,6 +211,7 @@ LOWERING: dict[str, Row] = {
     "elu": _elu,
     "log10": _log10,
     "erfc": _erfc,
+    "detach": _if_float("detach"),
     "_to_copy": _convert,
     "to": _convert,
     "convert_element_type": _convert,
@@ -229,7 +230,6 @@ LOWERING: dict[str, Row] = {
         [
             "clone",
             "alias",
-            "detach",
             "lift_fresh_copy",
             "lift_fresh",
             "view",

@@ -36,6 +36,7 @@ _RULES = {
     "decision": "a mod is traced once for all positions, so Python cannot branch on or convert a traced value",
     "reduction": "a mod sees one score at a time, so it cannot reduce over rows or columns",
     "random": "a mod must give the same value each time it is evaluated, so it cannot draw random numbers",
+    "own_backward": "the derivative of a mod is derived from its operations, so it cannot have a backward of its own",
     "mutation": "a mod is a pure function, so it cannot change a tensor in place",
 }
 
@@ -74,6 +75,16 @@ def refuse(fn: Callable, kind: str, name: str, args: tuple) -> None:
             f"calls {_spoken(name)}",
             "write `x = x + y` for `x += y`, and return a new value",
         )
+
+
+def refuse_own_backward(fn: Callable, kind: str) -> None:
+    """Raise TraceError inside a torch.autograd.Function: the program would not know its backward."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:
+            instead = "write it in plain operations; a straight-through value is x + (f(x) - x).detach()"
+            raise _broken(fn, kind, "own_backward", "calls a torch.autograd.Function", instead)
+        frame = frame.f_back
 
 
 _IN_PLACE = frozenset(
@@ -213,7 +224,7 @@ def user_line(fn: Callable) -> str:
 
 
 def _is_users(path: str) -> bool:
-    return not (path.startswith((_OURS, _TORCH)) or path.startswith("<frozen"))
+    return not (path.startswith((_OURS + os.sep, _TORCH + os.sep)) or path.startswith("<frozen"))
 
 
 def _place(path: str, line: int) -> str:
