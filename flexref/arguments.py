@@ -15,6 +15,7 @@ from flexref.arrays import shared_tensors
 from flexref.block_mask import BlockMask, create_block_mask, noop_mask
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
+from flexref.program.ir import differentiable_loads
 from flexref.program.mods import Mod, shifted, traced_mod
 from flexref.recent import Recent
 from flexref.tensor_gate import check_memory, check_surroundings
@@ -214,13 +215,14 @@ def _merged(score: Mod | None, mask: Mod | None, device: torch.device):
     for mod in (score, mask):
         if mod is None:
             continue
-        for name, tensor in zip(mod.names, mod.captured, strict=True):
+        reached = differentiable_loads(mod.graph) if mod is score else ()
+        for place, (name, tensor) in enumerate(zip(mod.names, mod.captured, strict=True)):
             # as in PyTorch, a number on the CPU may meet tensors elsewhere
             if tensor.device != device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
                 raise ValueError(
                     f"the captured tensor {name} is on {tensor.device} but query is on {device}; move it with .to()."
                 )
-            needs_grad = mod is score and tensor.requires_grad and torch.is_grad_enabled()
+            needs_grad = place in reached and tensor.requires_grad and torch.is_grad_enabled()
             captures.append(Capture(name, tensor.dtype, tuple(tensor.shape), needs_grad))
             captured.append(tensor)
         scalars += mod.scalars

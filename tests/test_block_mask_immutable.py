@@ -137,7 +137,7 @@ OUTSIDE = {
     "int64 columns": (damaged(indices=torch.arange(4)), "must be int64 offsets and int32 indices"),
     "int32 offsets": (damaged(offsets=torch.arange(5, dtype=torch.int32)), "must be int64 offsets and int32 indices"),
     "floats": (damaged(indices=torch.zeros(4)), "indices must be a tensor of integers, got torch.float32"),
-    "sparse": (damaged(indices=torch.zeros(4, dtype=torch.int32).to_sparse()), "must be a plain dense tensor"),
+    "sparse": (damaged(indices=torch.zeros(4, dtype=torch.int32).to_sparse()), "must be a dense tensor"),
     "zeros without memory": (damaged(indices=ZEROS), "plain dense|no memory"),
     "two devices": (damaged(indices=torch.zeros(4, dtype=torch.int32, device="meta")), "are on cpu, meta"),
     "nothing": ([None] * 4, "offsets must be a tensor of integers, got NoneType"),

@@ -105,6 +105,7 @@ class CudaEmitter(Emitter):
         "shift_right": "shift_right({0}, {1})",
         "where": "{0} ? {1} : {2}",
         "int_to_float": "(real){0}",
+        "detach": "{0}",
         "float_to_int": "to_int({0})",
         "bool_to_int": "{0} ? 1 : 0",
     }

@@ -85,6 +85,7 @@ class TritonEmitter(Emitter):
         "shift_right": "{0} >> {1}",
         "where": "tl.where({0}, {1}, {2})",
         "int_to_float": "{0}.to(real)",
+        "detach": "{0}",
         "float_to_int": "{0}.to(tl.int64)",
         "bool_to_int": "{0}.to(tl.int32)",
     }

@@ -204,6 +204,7 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "where": _where,
     "int_to_float": lambda a: a,
     "bool_to_int": lambda a: a,
+    "detach": lambda a: a,
     "float_to_int": lambda a: Interval(a.low.trunc(), a.high.trunc()),
     "floor": lambda a: Interval(a.low.floor(), a.high.floor()),
     "ceil": lambda a: Interval(a.low.ceil(), a.high.ceil()),

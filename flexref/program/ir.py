@@ -87,6 +87,18 @@ class Graph:
         return "\n".join([*lines, f"return {results}"])
 
 
+def differentiable_loads(graph: Graph) -> set[int]:
+    """The captured tensors, by number, that the output depends on through floats alone, with no stop between."""
+    todo, seen = [ref for _, ref in graph.outputs], set()
+    while todo:
+        at = todo.pop()
+        node = graph.nodes[at]
+        if at not in seen and node.type == "float" and node.op != "detach":
+            seen.add(at)
+            todo += node.args
+    return {int(graph.nodes[at].attr) for at in seen if graph.nodes[at].op == "load"}  # type: ignore[arg-type]
+
+
 def check(graph: Graph) -> None:
     """Raise AssertionError, naming the node, if the graph breaks the grammar or a type."""
     for i, node in enumerate(graph.nodes):

@@ -177,6 +177,7 @@ LOWERING: dict[str, Row] = {
     "clamp": formula(clamp),
     "clamp_min": formula(clamp),
     "clamp_max": formula(lambda x, high, **_: clamp(x, None, high)),
+    "detach": _if_float("detach"),
     "_to_copy": _convert,
     "to": _convert,
     "convert_element_type": _convert,
@@ -195,7 +196,6 @@ LOWERING: dict[str, Row] = {
         [
             "clone",
             "alias",
-            "detach",
             "lift_fresh_copy",
             "lift_fresh",
             "view",

@@ -36,6 +36,7 @@ _RULES = {
     "decision": "a mod is traced once for all positions, so Python cannot branch on or convert a traced value",
     "reduction": "a mod sees one score at a time, so it cannot reduce over rows or columns",
     "random": "a mod must give the same value each time it is evaluated, so it cannot draw random numbers",
+    "own_backward": "the derivative of a mod is derived from its operations, so it cannot have a backward of its own",
     "mutation": "a mod is a pure function, so it cannot change a tensor in place",
 }
 
@@ -47,24 +48,15 @@ def refuse(fn: Callable, kind: str, name: str, args: tuple) -> None:
             "write torch.where(condition, a, b) for `if`, `&` `|` `~` for `and` `or` `not`, "
             "torch.maximum / torch.minimum for max / min"
         )
+        if isinstance(args[0] if args else None, Tensor) and not hasattr(args[0], "ref"):
+            what = f"calls {_spoken(name)} on a captured tensor"
+            raise _broken(fn, kind, "decision", what, "read the number before the call and capture it")
         raise _broken(fn, kind, "decision", f"calls {_spoken(name)} on a traced value", instead)
     extreme = name in ("max", "min") and len(args) == 1
     if name in _REDUCTIONS or extreme:
-        raise _broken(
-            fn,
-            kind,
-            "reduction",
-            f"calls {name}()",
-            "compute it before the call and capture the result as a tensor",
-        )
+        raise _broken(fn, kind, "reduction", f"calls {name}()", "compute it before the call and capture the result as a tensor")
     if name in _RANDOM:
-        raise _broken(
-            fn,
-            kind,
-            "random",
-            f"calls {name}()",
-            "draw the numbers before the call and capture them as a tensor",
-        )
+        raise _broken(fn, kind, "random", f"calls {name}()", "draw the numbers before the call and capture them as a tensor")
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or name == "__setitem__" or (name.startswith("__i") and name[3:] in _IN_PLACE):
         raise _broken(
@@ -74,6 +66,16 @@ def refuse(fn: Callable, kind: str, name: str, args: tuple) -> None:
             f"calls {_spoken(name)}",
             "write `x = x + y` for `x += y`, and return a new value",
         )
+
+
+def refuse_own_backward(fn: Callable, kind: str) -> None:
+    """Raise TraceError inside a torch.autograd.Function: the program would not know its backward."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:
+            instead = "write it in plain operations; a straight-through value is x + (f(x) - x).detach()"
+            raise _broken(fn, kind, "own_backward", "calls a torch.autograd.Function", instead)
+        frame = frame.f_back
 
 
 _IN_PLACE = frozenset(
@@ -149,12 +151,20 @@ def _one_integer(item: Any) -> bool:
     return isinstance(item, int) and not isinstance(item, bool)
 
 
+# what every engine reads; others have no arithmetic in PyTorch, or not all of it
+_READABLE = frozenset(
+    (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    + (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+)
+
+
 def check_captured(fn: Callable, kind: str, tensor: Tensor, name: str) -> None:
     """Raise TraceError for a captured tensor whose dtype or layout no program can read."""
-    if tensor.dtype.is_complex or tensor.is_quantized or tensor.layout != torch.strided:
+    if tensor.dtype not in _READABLE or tensor.layout != torch.strided:
         raise TraceError(
             f"{kind}_mod {label(fn)} reads the captured tensor {name} of {tensor.dtype} and {tensor.layout}, at "
-            f"{user_line(fn)}; capture a dense tensor of a real, integer or bool dtype instead."
+            f"{user_line(fn)}; capture a dense tensor of bool, uint8, int8 to int64, or float16 to float64 instead, "
+            "made before the call with .to(), such as .long() or .float()."
         )
 
 
@@ -213,7 +223,7 @@ def user_line(fn: Callable) -> str:
 
 
 def _is_users(path: str) -> bool:
-    return not (path.startswith((_OURS, _TORCH)) or path.startswith("<frozen"))
+    return not (path.startswith((_OURS + os.sep, _TORCH + os.sep)) or path.startswith("<frozen"))
 
 
 def _place(path: str, line: int) -> str:

@@ -74,6 +74,7 @@ SPELL: dict[str, str | dict[str, str]] = {
     "shift_right": "{0} >> {1}",
     "where": "select({0}, {1}, {2})",
     "int_to_float": "real({0})",
+    "detach": "{0}",
     "float_to_int": "maths.to_int({0})",
     "bool_to_int": "int64({0})",
 }

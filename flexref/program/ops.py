@@ -96,6 +96,7 @@ OPS: dict[str, Op] = {
     "shift_right": Op("iii", torch.bitwise_right_shift),
     "where": Op("bttt", torch.where),
     "int_to_float": Op("if", lambda a: a.to(torch.get_default_dtype())),
+    "detach": Op("ff", torch.Tensor.detach),
     "float_to_int": Op("fi", lambda a: a.to(torch.int64)),
     "bool_to_int": Op("bi", lambda a: a.to(torch.int64)),
 }

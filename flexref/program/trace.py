@@ -20,7 +20,7 @@ from flexref.program.builder import Builder, Ref, type_of
 from flexref.program.closure import Leaves
 from flexref.program.interpret import dtype_of
 from flexref.program.ir import INDICES, Graph
-from flexref.program.tape import NotPointwise, Value, flatten, map_leaves, plain_call, returned
+from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
 
 SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
 
@@ -44,7 +44,7 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
     recorder = _Recorder(fn, kind, acc_dtype)
     builder = recorder.builder
     # the mod must not be recorded under the caller's autocast or inference settings
-    with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.no_grad():
+    with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad():
         try:
             result = recorder.call()
             out = returned(builder, result, "float" if kind == "score" else "bool")
@@ -130,8 +130,17 @@ class _Recorder(TorchFunctionMode):
         return isinstance(x, Tensor) and not isinstance(x, Value)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        result = self.recorded(func, args, kwargs or {})
+        # what is computed under torch.no_grad() inside the mod has no derivative
+        stopped = not torch.is_grad_enabled() and isinstance(result, Value) and result.dtype.is_floating_point
+        return apply("detach", Tensor.detach, (result,), {}) if stopped else result
+
+    def recorded(self, func, args: tuple, kwargs: dict):
+        """The result of one call that the mod makes."""
         name = getattr(func, "__name__", "")
+        mistakes.refuse_own_backward(self.fn, self.kind)
+        if name == "__get__" and getattr(func, "__self__", None) is Tensor.data:
+            return args[0].detach()
         if name == "__getitem__" and self.is_captured(args[0]):
             return self.index(args[0], (), args[1])
         mistakes.refuse(self.fn, self.kind, name, args)

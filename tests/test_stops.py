@@ -1,0 +1,65 @@
+"""Stopped gradients and views of captured tensors inside a mod, beside PyTorch's autograd on the dense scores in float64."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import flexref
+from flexref.errors import TraceError
+
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
+
+
+def dense(x, mod):
+    i = [torch.arange(n).view(*(n if d == e else 1 for e in range(4))) for d, n in enumerate((1, 2, 9, 9))]
+    return mod(x @ k.double().mT / math.sqrt(4), *i).softmax(-1) @ v.double()
+
+
+def quiet(s):
+    with torch.no_grad():
+        return torch.tanh(s)
+
+
+MODS = {
+    "detach": lambda s, t, h, j: s * s.detach(),
+    "no_grad": lambda s, t, h, j: s * quiet(s),
+    "data": lambda s, t, h, j: s * s.data,
+    "straight_through": lambda s, t, h, j: s + (s.round() - s).detach(),
+    "transposed": lambda s, t, h, j: s * t.T[h, j],
+    "mT": lambda s, t, h, j: s + t.mT[h, j],
+    "stopped_read": lambda s, t, h, j: s * t[j, h].detach(),
+}
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_gradients_are_those_of_pytorch(name):
+    grads = []
+    engine = lambda x, mod: flexref.flex_attention(x, k, v, mod, backend="numba_cpu")  # noqa: E731
+    for dtype, run in ((torch.float32, engine), (torch.float64, dense)):
+        table = torch.linspace(-1, 1, 18, dtype=dtype).reshape(9, 2).requires_grad_()
+        x = q.to(dtype).requires_grad_() if dtype == torch.float64 else q.clone().requires_grad_()
+        run(x, lambda s, b, h, i, j, t=table: MODS[name](s, t, h, j)).square().sum().backward()
+        grads.append((x.grad, table.grad))
+    (mine, mine_t), (want, want_t) = grads
+    torch.testing.assert_close(mine.double(), want, rtol=1e-4, atol=1e-5)
+    assert (mine_t is None) == (want_t is None)
+    if want_t is not None:
+        torch.testing.assert_close(mine_t.double(), want_t, rtol=1e-4, atol=1e-5)
+
+
+class Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def test_a_function_with_its_own_backward_is_refused():
+    with pytest.raises(TraceError, match=r"autograd.Function, at .*test_stops.py:.*detach"):
+        flexref.flex_attention(q, k, v, lambda s, b, h, i, j: Own.apply(s), backend="numba_cpu")
