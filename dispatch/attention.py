@@ -18,6 +18,7 @@ from flexref.dispatch.choose import Choice, choose, describe, refusal
 from flexref.dispatch.hardware import Hardware, probe
 from flexref.dispatch.options import checked_options, wanted_backend
 from flexref.problem import Problem, Tensors
+from flexref.program.mods import traced_mod
 from flexref.recent import Recent
 
 _choices = Recent(4096)
@@ -107,9 +108,11 @@ class Explanation(NamedTuple):
     choice: Choice
     hardware: Hardware
     notes: tuple[str, ...] = ()
+    mods: tuple[tuple[str, str | None], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"problem  {describe(self.problem)}", f"machine  {self.hardware}", str(self.choice)]
+        lines += [f"{name:<9}  {f'traced at each call, because {why}' if why else 'kept'}" for name, why in self.mods]
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
 
 
@@ -131,7 +134,7 @@ def explain(
 ) -> Explanation:
     """What flex_attention would do with the same arguments, without doing it. Raises what it would, but Unsupported."""
     _, max_scores = _wanted_aux(return_aux)
-    problem, _, wanted = _prepared(
+    problem, tensors, wanted = _prepared(
         query,
         key,
         value,
@@ -148,7 +151,10 @@ def explain(
     choice = _choice(problem, wanted)
     chosen = find_backends().get(choice.name or "")
     notes = said(chosen, "notes", problem) if chosen is not None and hasattr(chosen, "notes") else ()
-    return Explanation(problem, choice, probe(), tuple(notes))
+    acc = problem.acc_dtype
+    given = (("score_mod", tensors.score_mod, "score"), ("mask_mod", tensors.mask_mod, "mask"))
+    mods = tuple((name, traced_mod(mod, kind, acc).why) for name, mod, kind in given if mod is not None)
+    return Explanation(problem, choice, probe(), tuple(notes), mods)
 
 
 def _wanted_aux(request) -> tuple[bool, bool]:

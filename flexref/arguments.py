@@ -15,6 +15,7 @@ from flexref.arrays import shared_tensors
 from flexref.block_mask import BlockMask, create_block_mask, noop_mask
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
+from flexref.program.compiled import original
 from flexref.program.ir import differentiable_loads
 from flexref.program.mods import Mod, shifted, traced_mod
 from flexref.recent import Recent
@@ -48,6 +49,7 @@ def prepare(
     check_shapes(query.shape, key.shape, value.shape, enable_gqa)
     scale = _checked_scale(scale, query.shape[3])
     acc_dtype = ACC_DTYPE[query.dtype]
+    score_mod, mask_mod = original(score_mod), original(mask_mod)
     if block_mask is not None and mask_mod is not None:
         raise ValueError(
             "mask_mod and block_mask are both given; a block_mask has a mask_mod of its own: pass one of the two."

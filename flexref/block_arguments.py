@@ -76,7 +76,7 @@ def kind_of_mod(fn: object, argument: str = "mod_fn") -> str:
         # what can be called is its own, and not that of a function that it wraps, unless it passes on whatever it is given
         signature = inspect.signature(fn, follow_wrapped=False)
         if any(x.kind is x.VAR_POSITIONAL for x in signature.parameters.values()):
-            signature = inspect.signature(fn)
+            signature = inspect.signature(fn, follow_wrapped=False)
     except (TypeError, ValueError):
         return "mask"
     for kind, count in (("mask", 4), ("score", 5)):

@@ -17,6 +17,7 @@ from flexref.block_arguments import as_bool, checked_device, checked_sizes, desc
 from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
 from flexref.errors import TraceError
 from flexref.mod_objects import name_of
+from flexref.program.compiled import nothing_compiled, original
 
 # positions asked at once: a few temporaries of int64 still fit into a cache
 _POSITIONS = 1 << 20
@@ -131,7 +132,7 @@ class Asker:
     """Calls a mask_mod at every position of some tiles."""
 
     def __init__(self, mask_mod: Callable, device: torch.device):
-        self.mod, self.device = mask_mod, device
+        self.mod, self.device = original(mask_mod), device
         self.number: Callable | None = None
         over_kv = torch.vmap(self._one, (None, None, None, 0))
         self.vmapped = torch.vmap(torch.vmap(over_kv, (None, None, 0, None)), (0, 0, 0, 0))
@@ -140,7 +141,8 @@ class Asker:
         """b, h (N,); q_idx (N, R); kv_idx (N, C), int64, not empty, on one device. Returns bool (N, R, C)."""
         if self.number is None:
             try:
-                return self.vmapped(b, h, q_idx, kv_idx)
+                with nothing_compiled():
+                    return self.vmapped(b, h, q_idx, kv_idx)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:

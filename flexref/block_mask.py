@@ -27,6 +27,7 @@ from flexref.block_state import Walk, loaded
 from flexref.block_torch import TorchForm
 from flexref.mask_mods import Offset, View, and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
 from flexref.mod_objects import moved, same_mod
+from flexref.program.compiled import original
 
 __all__ = ["BlockMask", "Lists", "and_masks", "create_block_mask", "create_mask", "noop_mask", "not_mask", "or_masks"]
 __all__ += ["Walk", "shift_mask", "xor_masks"]
@@ -214,6 +215,7 @@ def create_block_mask(
     _compile and the two last are torch's and change nothing. Raises TypeError or ValueError for wrong arguments and for a
     mask_mod of another arity or result, IndexError for one that reads a captured tensor out of range.
     """
+    mask_mod = original(mask_mod)
     check_mask_mod(mask_mod)
     grid = Grid(*checked_sizes(B, H, Q_LEN, KV_LEN), *checked_block_size(BLOCK_SIZE))
     return _built(BlockMask, mask_mod, grid, checked_device(device), separate_full_blocks)

@@ -11,6 +11,7 @@ from flexref.block_arguments import check_list, check_mask_mod, checked_block_si
 from flexref.block_lists import Grid, Lists, first_problem, from_padded, to_padded
 from flexref.block_state import BlockState, Walk
 from flexref.mask_mods import noop_mask
+from flexref.program.compiled import original
 
 Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -44,6 +45,7 @@ class TorchForm(BlockState):
         """From torch's padded tensors, as `from_kv_blocks`. Not read: the q_ lists, which are made from the kv_ lists,
         and torch's dq_ arguments, which order the work of its kernels."""
         mask_mod = noop_mask if mask_mod is None else mask_mod
+        mask_mod = original(mask_mod)
         check_mask_mod(mask_mod)
         lengths = checked_lengths(seq_lengths)
         tensors = kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices

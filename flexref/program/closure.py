@@ -1,170 +1,199 @@
 """What a function reaches from outside: the tensors and numbers that it captures, and a key that says when they changed.
 
-Tracing costs milliseconds, so a mod is traced once for each key. The key holds all that tracing could see: code,
-captured numbers by value, captured tensors by dtype, shape and device. The tensors themselves are fetched anew each call,
-so a factory that is called again with another tensor needs no new trace.
+Tracing costs milliseconds, so a program is kept, but only if everything that the mod can reach was understood completely.
+The key then holds all that tracing could see: code, state of objects and numbers by value, tensors by dtype, shape and
+device. Whatever is not understood, or too large to be looked at in each call, is told in `why`, and the mod is traced at
+each call. The tensors are fetched anew each call, so a factory that is called again with another tensor needs no new trace.
 """
 
 from __future__ import annotations
 
-import inspect
+import builtins
 import struct
 import types
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_PLAIN = (str, bytes, type(None), torch.dtype, torch.device, torch.layout, type(Ellipsis), complex)
-_STEADY_MODULES = (
-    "torch",
-    "math",
-    "numpy",
-    "flexref",
-    "builtins",
-    "functools",
-    "operator",
-    "collections",
-    "typing",
+from flexref.program import steady
+from flexref.program.code_reads import literals_of, reads_of
+from flexref.program.object_state import NotUnderstood, ObjectState
+
+# a mod that reaches more is quicker traced than looked at
+_MOST_OBJECTS, _DEEPEST = 2000, 60
+_CONSTANTS = frozenset(
+    {str, bytes, type(None), type(Ellipsis), type(NotImplemented), torch.dtype, torch.device, torch.layout, torch.memory_format}
+    | {range, torch.Size}
 )
-
-
+_ITEMS = frozenset({tuple, list, set, frozenset, deque})
+_MAPPINGS = frozenset({dict, OrderedDict, types.MappingProxyType})
+_TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 class Leaves:
-    """The tensors and numbers reached from a function, in a fixed order, and the key."""
+    """The tensors and numbers reached from a function, in a fixed order, and the key.
+
+    `why`: None if all of it was understood; else what was not, and then `literals` are the numbers written in the mod's code.
+    """
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
-        self.numbers: tuple[int | float, ...] = ()
+        self.numbers: list[int | float] = []
+        self.literals: frozenset = frozenset()
         self.key: tuple = ()
-        self.cacheable = True
+        self.why: str | None = None
 
 
 def leaves_of(fn: Callable) -> Leaves:
-    """Walk what `fn` reaches: closure, defaults, the globals that it names, attributes that it names, bound objects.
-
-    An object is looked at by every attribute name in all code that is reached, so a helper's `config.size` counts too;
-    a walk that met code with other names is done once more with those.
-    """
-    names = _reached_names.get(_root(fn), frozenset())
-    while True:
-        walk = _Walk(names)
-        key = walk.visit(fn)
-        if walk.found <= names:
-            break
-        names = names | walk.found
-        if len(_reached_names) > 4096:
-            _reached_names.clear()
-        _reached_names[_root(fn)] = names
-    walk.leaves.key = (key,)
-    walk.leaves.numbers = tuple(walk.numbers)
-    # what these look up, nobody can see from outside
-    if not names.isdisjoint(("getattr", "globals", "vars", "eval", "exec", "locals")):
-        walk.leaves.cacheable = False
+    """Walk all that `fn` can reach: closure, defaults, globals that its code names, and the whole state of objects."""
+    walk = _Walk()
+    try:
+        key = walk.visit(fn, 0)
+        if walk.text and walk.own_text:
+            raise NotUnderstood(f"{walk.own_text} has a text of its own")
+        # a number that the mod makes a tensor of is rounded to it
+        walk.leaves.key = (key, torch.get_default_dtype())
+    except NotUnderstood as what:
+        walk.leaves.why = str(what)
+        code = getattr(fn, "__code__", None) or getattr(vars(type(fn)).get("__call__"), "__code__", None)
+        walk.leaves.literals = frozenset() if code is None else literals_of(code)
     return walk.leaves
 
 
-_reached_names: dict[object, frozenset[str]] = {}
-
-
-def _root(fn: Callable) -> object:
-    return getattr(fn, "__code__", None) or type(fn)
-
-
-class _Walk:
-    """One walk, looking at objects by `names`; `found` are the names in the code that it met."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        self.names = names
-        self.found: set[str] = set()
+class _Walk(ObjectState):
+    def __init__(self) -> None:
+        super().__init__()
         self.leaves = Leaves()
-        self.numbers: list[int | float] = []
         self.seen: dict[int, int] = {}
+        # what is made on the way must not leave its id to something else
+        self.alive: list[Any] = []
+        self.text = False
 
-    def visit(self, x: Any) -> Any:
-        """The part of the key that `x` gives."""
+    def visit(self, x: Any, depth: int) -> Any:
+        """The part of the key that `x` gives. Raises NotUnderstood."""
         kind = type(x)
-        if kind is int or kind is float or kind is bool:
-            if kind is not bool:
-                self.numbers.append(x)
-            return (kind, struct.pack("<d", x) if kind is float else x)
-        if isinstance(x, _PLAIN):
-            return x
+        if kind is int or kind is float:
+            self.leaves.numbers.append(x)
+            return kind, struct.pack("<d", x) if kind is float else x
+        if kind is bool or kind in _CONSTANTS:
+            return kind, x
+        if kind is complex:
+            return kind, struct.pack("<dd", x.real, x.imag)
         if id(x) in self.seen:
-            return ("seen", self.seen[id(x)])
+            return "seen", self.seen[id(x)]
         self.seen[id(x)] = len(self.seen)
-        if isinstance(x, Tensor):
-            self.leaves.tensors.append(x)
-            return (x.dtype, x.shape, x.device, x.requires_grad)
-        if isinstance(x, types.FunctionType):
-            return self.function(x)
-        if isinstance(x, types.MethodType):
-            return ("method", self.visit(x.__func__), self.visit(x.__self__))
-        if isinstance(x, partial):
-            return ("partial", self.visit(x.func), self.visit(x.args), self.visit(x.keywords))
-        if isinstance(x, (tuple, list)):
-            return (kind, *(self.visit(i) for i in x))
-        if isinstance(x, dict):
-            return (dict, *((self.visit(k), self.visit(v)) for k, v in x.items()))
-        return self.other(x)
+        self.alive.append(x)
+        if len(self.seen) > _MOST_OBJECTS or depth > _DEEPEST:
+            raise NotUnderstood("it reaches too many objects to look at each")
+        return self.looked_at(x, kind, depth + 1)
 
-    def function(self, fn: types.FunctionType):
-        names = _code_names(fn.__code__)
-        self.found |= names
-        reached: list[Any] = [fn.__code__]
-        for cell in fn.__closure__ or ():
-            try:
-                reached.append(self.visit(cell.cell_contents))
-            except ValueError:
-                reached.append("empty")
-        reached.append(self.visit(fn.__defaults__))
-        reached.append(self.visit(fn.__kwdefaults__))
-        scope = fn.__globals__
-        reached += [self.visit(scope[name]) for name in sorted(names) if name in scope]
-        return tuple(reached)
-
-    def other(self, x: Any):
-        """Modules, classes and objects: by what the code names."""
-        if isinstance(x, types.ModuleType):
-            if x.__name__.partition(".")[0] in _STEADY_MODULES:
-                return x.__name__
-            return (x.__name__, *(self.visit(vars(x)[n]) for n in sorted(self.names) if n in vars(x)))
-        if isinstance(x, (types.BuiltinFunctionType, types.BuiltinMethodType)) or type(x).__module__ == "torch._ops":
-            return ("builtin", id(x))
+    def looked_at(self, x: Any, kind: type, depth: int) -> Any:
+        if kind in _TENSORS:
+            return self.tensor(x, depth)
+        if kind is types.FunctionType:
+            return self.function(x, depth)
+        if kind in _ITEMS:
+            return self.items(x, depth)
+        if kind in _MAPPINGS:
+            return self.mapping(x, depth)
+        if kind is defaultdict:
+            return kind, self.visit(x.default_factory, depth), self.mapping(x, depth)
+        if kind is types.SimpleNamespace:
+            return kind, self.mapping(vars(x), depth)
+        if kind is types.MethodType:
+            return kind, self.visit(x.__func__, depth), self.visit(x.__self__, depth)
+        if kind is partial:
+            return kind, *(self.visit(part, depth) for part in (x.func, x.args, x.keywords, vars(x)))
+        if kind is property:
+            return kind, self.visit(x.fget, depth)
+        if kind in (staticmethod, classmethod):
+            return kind, self.visit(x.__func__, depth)
+        if kind is cached_property:
+            return kind, self.visit(x.func, depth)
+        if kind in steady.GETTERS:
+            return kind, self.visit(x.__reduce__()[1], depth)
+        if isinstance(x, np.generic) and kind.__module__ == "numpy" and kind is not np.object_:
+            return kind, x.tobytes()
         if isinstance(x, type):
-            return (x, *(self.visit(member) for member in _members(x, self.names)))
-        return self.object(x)
+            return self.cls(x, depth, as_value=True)
+        if kind is types.ModuleType:
+            raise NotUnderstood(f"the module {x.__name__} is used as a value")
+        if steady.is_steady_builtin(x):
+            return "builtin", x
+        if id(x) in steady.SAFE_BUILTINS:
+            self.text |= id(x) in steady.TEXT_BUILTINS
+            return "builtin", steady.SAFE_BUILTINS[id(x)]
+        if kind is types.BuiltinFunctionType and not isinstance(x.__self__, (types.ModuleType, type, type(None))):
+            return "bound", x.__name__, self.visit(x.__self__, depth)
+        return self.object(x, kind, depth)
 
-    def object(self, x: Any):
-        call = inspect.getattr_static(type(x), "__call__", None)
-        state = getattr(x, "__dict__", None)
-        dynamic = hasattr(type(x), "__getattr__") and not isinstance(x, torch.nn.Module)
-        if state is None or dynamic or type(x).__module__.partition(".")[0] == "numpy":
-            # nothing tells when such an object changes, so its mod is traced at each call
-            self.leaves.cacheable = False
-            return None
-        parts: list = [type(x), self.visit(call) if isinstance(call, types.FunctionType) else None]
-        for holder in (state, state.get("_parameters"), state.get("_buffers"), state.get("_modules")):
-            parts += [(n, self.visit(holder[n])) for n in sorted(self.names) if holder and n in holder]
-        parts += [self.visit(member) for member in _members(type(x), self.names)]
+    def tensor(self, x: Tensor, depth: int) -> tuple:
+        self.leaves.tensors.append(x)
+        state = self.visit(vars(x), depth) if vars(x) else None
+        steps = x.stride() if x.layout is torch.strided and not x.is_nested else None
+        return type(x), x.dtype, x.shape, x.device, x.layout, steps, x.requires_grad, x.is_leaf, state
+
+    def items(self, x: Any, depth: int) -> tuple:
+        if len(x) > _MOST_OBJECTS:
+            raise NotUnderstood(f"it reaches a {type(x).__name__} of {len(x)} items")
+        return type(x), *[self.visit(item, depth) for item in x]
+
+    def mapping(self, x: Any, depth: int) -> tuple:
+        if len(x) > _MOST_OBJECTS:
+            raise NotUnderstood(f"it reaches a {type(x).__name__} of {len(x)} items")
+        return type(x), *[(self.visit(k, depth), self.visit(v, depth)) for k, v in x.items()]
+
+    def function(self, fn: types.FunctionType, depth: int) -> tuple:
+        parts: list[Any] = [fn.__code__]
+        if not steady.is_steady_function(fn):
+            parts += self.looked_up(fn, depth)
+        elif steady.package_of(fn.__globals__.get("__name__")) == "torch" and fn.__closure__ is None and not vars(fn):
+            return "steady", fn
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+            parts.append(self.cell(fn, name, cell, depth))
+        for held in (fn.__defaults__, fn.__kwdefaults__, vars(fn)):
+            parts.append(self.visit(held, depth) if held else None)
         return tuple(parts)
 
+    def cell(self, fn: types.FunctionType, name: str, cell: types.CellType, depth: int) -> Any:
+        try:
+            held = cell.cell_contents
+        except ValueError:
+            return "empty"
+        if isinstance(held, types.ModuleType):
+            # what is read from it stands among the chains; of PyTorch's own code nothing is looked at
+            steady_code = steady.is_steady_function(fn) or any(c[:2] == ("free", name) for c in reads_of(fn.__code__).chains)
+            return held.__name__ if steady_code else self.visit(held, depth)
+        # super() needs the class of the method, and makes no object of it
+        return self.cls(held, depth, as_value=False) if name == "__class__" else self.visit(held, depth)
 
-def _members(cls: type, names: frozenset[str]) -> list:
-    """The functions, properties and plain class attributes that the code names, also inherited ones."""
-    found = []
-    for name in sorted(names):
-        for base in cls.__mro__:
-            if name in vars(base) and not base.__module__.startswith("torch"):
-                member = vars(base)[name]
-                found.append(member.fget if isinstance(member, property) else getattr(member, "__func__", member))
+    def looked_up(self, fn: types.FunctionType, depth: int) -> list:
+        """What the code of `fn` looks up by name: globals, and attributes of modules."""
+        reads = reads_of(fn.__code__)
+        if reads.hidden:
+            raise NotUnderstood(f"the code of {fn.__name__} uses {reads.hidden}")
+        self.text |= reads.text
+        free = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+        parts: list[Any] = []
+        for root, name, *attributes in reads.chains:
+            if root == "free":
+                cell = free.get(name)
+                if cell is not None and cell != types.CellType() and isinstance(cell.cell_contents, types.ModuleType):
+                    parts.append(self.attribute(cell.cell_contents, attributes, depth))
+                continue
+            scope = fn.__globals__ if name in fn.__globals__ else vars(builtins)
+            parts.append((name, self.attribute(scope[name], attributes, depth) if name in scope else "absent"))
+        return parts
+
+    def attribute(self, x: Any, attributes: list[str], depth: int) -> Any:
+        """x.a.b as far as x, x.a ... are modules; an object is looked at whole."""
+        for name in attributes:
+            if not isinstance(x, types.ModuleType):
                 break
-    return found
-
-
-@cache
-def _code_names(code: types.CodeType) -> frozenset[str]:
-    """Globals and attributes that the code, or a function written inside it, names."""
-    inner = [_code_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return frozenset(code.co_names).union(*inner)
+            if name not in vars(x):
+                raise NotUnderstood(f"the module {x.__name__} makes {name} when it is asked")
+            x = vars(x)[name]
+        return self.visit(x, depth)

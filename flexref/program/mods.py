@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexref.program.closure import Leaves, leaves_of
+from flexref.program.compiled import original
 from flexref.program.ir import Graph, Node
 from flexref.program.trace import Traced, trace
 
@@ -21,23 +22,28 @@ _lock = threading.Lock()
 
 
 class Mod(NamedTuple):
-    """A traced mod with the tensors that it captures now, and what identifies it."""
+    """A traced mod with the tensors that it captures now, and what identifies it.
+
+    `why`: because of what it is traced at each call; None, as `key` is not, where its program is kept.
+    """
 
     graph: Graph
     captured: tuple[Tensor, ...]
     names: tuple[str, ...]
     scalars: tuple[int | float, ...]
     key: tuple | None
+    why: str | None = None
 
 
 def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
-    """The program of `fn`, from the cache when nothing that it captures has another shape, dtype or value of a number.
+    """The program of `fn`, kept as long as nothing that it can reach has another shape, dtype or value of a number.
 
     Raises TraceError. Safe to call from several threads.
     """
+    fn = original(fn)
     leaves = leaves_of(fn)
-    if not leaves.cacheable:
-        return Mod(*trace(fn, kind, acc_dtype, leaves), None)
+    if leaves.why:
+        return Mod(*trace(fn, kind, acc_dtype, leaves), None, leaves.why)
     key = (kind, acc_dtype, leaves.key)
     with _lock:
         known = _traced.get(key)
@@ -46,7 +52,7 @@ def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
     if known is None:
         known = _trace_and_locate(fn, kind, acc_dtype, leaves)
         if known[1] is None:
-            return Mod(*known[0], None)
+            return Mod(*known[0], None, "it reads a tensor that is found in nothing that it reaches")
         with _lock:
             _traced[key] = known
             if len(_traced) > _LIMIT:

@@ -7,6 +7,7 @@ The function runs on fake 0-d tensors: `if q_idx > kv_idx` raises instead of tak
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from flexref.errors import TraceError
 from flexref.program import mistakes
 from flexref.program.builder import Builder, Ref, type_of
 from flexref.program.closure import Leaves
+from flexref.program.compiled import nothing_compiled
 from flexref.program.interpret import dtype_of
 from flexref.program.ir import INDICES, Graph
 from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
@@ -44,7 +46,7 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
     recorder = _Recorder(fn, kind, acc_dtype)
     builder = recorder.builder
     # the mod must not be recorded under the caller's autocast or inference settings
-    with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad():
+    with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad(), nothing_compiled():
         try:
             result = recorder.call()
             out = returned(builder, result, "float" if kind == "score" else "bool")
@@ -54,7 +56,7 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
             raise
         except Exception as error:
             raise mistakes.failed(fn, kind, error) from error
-    graph, scalars = lift(builder.graph({"out": out}), leaves.numbers if leaves else ())
+    graph, scalars = lift(builder.graph({"out": out}), captured_numbers(leaves))
     return Traced(graph, tuple(recorder.captured), tuple(recorder.names), scalars)
 
 
@@ -63,7 +65,7 @@ def check_arity(fn: Callable, kind: str) -> None:
     if not callable(fn):
         raise TraceError(f"{kind}_mod must be a function, got {type(fn).__name__}")
     try:
-        inspect.signature(fn).bind(*SIGNATURES[kind])
+        inspect.signature(fn, follow_wrapped=False).bind(*SIGNATURES[kind])
     except TypeError:
         raise mistakes.wrong_arity(fn, kind, SIGNATURES[kind]) from None
     except ValueError:
@@ -74,15 +76,22 @@ def check_arity(fn: Callable, kind: str) -> None:
 _STAYS_CONSTANT = {"floor_div", "trunc_div", "remainder", "fmod", "pow", "shift_left", "shift_right"}
 
 
-def lift(graph: Graph, numbers: tuple[int | float, ...]) -> tuple[Graph, tuple[int | float, ...]]:
+def captured_numbers(leaves: Leaves | None) -> Callable[[int | float], bool]:
+    """Whether a constant is a captured number: one that was found or, where not all was, one that is not in the mod's code."""
+    if leaves is None:
+        return lambda value: False
+    if leaves.why:
+        return lambda value: math.isfinite(value) and value not in leaves.literals
+    return lambda value: value in leaves.numbers
+
+
+def lift(graph: Graph, is_captured: Callable[[int | float], bool]) -> tuple[Graph, tuple[int | float, ...]]:
     """Constants that are captured numbers become scalars, so that another value needs no other kernel."""
-    if not numbers:
-        return graph, ()
     pinned = {n.args[1] for n in graph.nodes if n.op in _STAYS_CONSTANT}
     builder, places, slots = Builder(), [], []
     for i, node in enumerate(graph.nodes):
         number = node.op == "const" and node.type != "bool" and i not in pinned
-        if number and any(type(x) is not bool and x == node.attr for x in numbers):
+        if number and is_captured(node.attr):  # type: ignore[arg-type]
             places.append(builder.node("scalar", (), node.type, len(slots)))
             slots.append(node.attr)
         else:

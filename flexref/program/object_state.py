@@ -1,0 +1,105 @@
+"""What an object is: its class, by all members, and all that it holds, in attributes, slots and as a container."""
+
+from __future__ import annotations
+
+import enum
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexref.program import steady
+
+# of a class: what only makes an object of it, or a text, or speaks of the class itself
+_NOT_USED = frozenset(
+    """__init__ __new__ __post_init__ __repr__ __str__ __format__ __doc__ __module__ __qualname__ __annotations__ __dict__
+    __weakref__     __dataclass_fields__ __dataclass_params__ __match_args__
+    __abstractmethods__ _abc_impl __orig_bases__ __parameters__
+    __static_attributes__ __firstlineno__ __init_subclass__ __class_getitem__ __reduce__ __reduce_ex__ __getstate__ __setstate__
+    __getnewargs__ __annotate__ __annotate_func__ __annotations_cache__ __replace__ __signature__""".split()
+)
+
+
+class NotUnderstood(Exception):
+    """Something that may change unseen; its words say what."""
+
+
+class ObjectState:
+    """The half of closure.py's walk that looks at objects and classes."""
+
+    def __init__(self) -> None:
+        self.classes: dict[tuple[type, bool], int] = {}
+        # a class that was met and has a text of its own
+        self.own_text = ""
+
+    def visit(self, x: Any, depth: int) -> Any:
+        """The part of the key that `x` gives. Raises NotUnderstood."""
+        raise NotImplementedError
+
+    def cls(self, cls: type, depth: int, as_value: bool) -> Any:
+        """A class by its members and those of its bases; `as_value`: the code may make an object of it, too."""
+        known = cls in steady.BUILTIN_BASES or id(cls) in steady.SAFE_BUILTINS
+        if known or as_value and steady.is_steady_class(cls):
+            return "class", cls
+        if (cls, as_value) in self.classes:
+            return "class", self.classes[cls, as_value]
+        self.classes[cls, as_value] = len(self.classes)
+        if not steady.is_plain_metaclass(type(cls)):
+            raise NotUnderstood(f"the class {cls.__name__} has the metaclass {type(cls).__name__}")
+        parts: list[Any] = [cls]
+        for base in cls.__mro__:
+            if base in steady.BUILTIN_BASES or base is enum.Enum:
+                continue
+            if not steady.is_python_class(base):
+                raise NotUnderstood(f"the class {base.__name__} is not written in Python")
+            if not steady.is_steady_class(base):
+                parts += self.members(base, depth, as_value)
+        return tuple(parts)
+
+    def members(self, cls: type, depth: int, as_value: bool) -> list:
+        own_text = vars(cls).keys() & {"__repr__", "__str__", "__format__"}
+        self.own_text = self.own_text or (cls.__name__ if own_text else "")
+        used = _NOT_USED - {"__init__", "__new__", "__post_init__"} if as_value else _NOT_USED
+        made_by_dataclass = "__dataclass_fields__" in vars(cls)
+        parts = []
+        for name, member in vars(cls).items():
+            written = getattr(member, "__code__", None)
+            # what a dataclass generates compares fields, which are looked at
+            generated = made_by_dataclass and written is not None and written.co_filename == "<string>"
+            if name not in used and not generated and not isinstance(member, types.MemberDescriptorType):
+                parts.append((name, self.visit(member, depth)))
+        return parts
+
+    def object(self, x: Any, kind: type, depth: int) -> tuple:
+        """An object of a class that was written in Python: its class, its attributes and slots, and what a container holds."""
+        if isinstance(x, torch.nn.Module) and _hooked():
+            raise NotUnderstood("PyTorch's global module hooks are in use")
+        if not (isinstance(x, enum.Enum) or steady.is_python_class(kind)) or isinstance(x, Tensor):
+            name = getattr(x, "__name__", None)
+            label = f"`{name}`" if isinstance(name, str) else "an object"
+            raise NotUnderstood(f"{label} of type {kind.__module__}.{kind.__qualname__} may change unseen")
+        parts: list[Any] = [kind, self.cls(kind, depth, as_value=False)]
+        try:
+            parts.append(self.visit(object.__getattribute__(x, "__dict__"), depth))
+        except AttributeError:
+            parts.append(None)
+        for base in kind.__mro__:
+            slots = [n for n, m in vars(base).items() if isinstance(m, types.MemberDescriptorType)]
+            for name in slots:
+                try:
+                    parts.append((name, self.visit(vars(base)[name].__get__(x), depth)))
+                except AttributeError:
+                    parts.append((name, "absent"))
+        for base, look in ((dict, dict.items), (list, list.__iter__), (tuple, tuple.__iter__), (set, set.__iter__)):
+            if isinstance(x, base):
+                parts.append(self.visit(list(look(x)), depth))
+        for base in (int, float, str, bytes, complex):
+            if isinstance(x, base):
+                parts.append(self.visit(getattr(base, "__pos__", base.__str__)(x) if base is not bytes else bytes(x), depth))
+        return tuple(parts)
+
+
+def _hooked() -> bool:
+    module = torch.nn.modules.module
+    return any(vars(module)[n] for n in ("_global_forward_hooks", "_global_forward_pre_hooks") if n in vars(module))
