@@ -38,7 +38,7 @@ from torch import Tensor
 from flexref.conformance.band import rounding_band
 from flexref.conformance.call import INPUTS, Call, Positions
 from flexref.conformance.rounding import half_ulp, smallest
-from flexref.reference import einsum
+from flexref.reference import ACC_DTYPE, einsum
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,20 @@ def _expectation(name: str, exact: Tensor, plain: Tensor, band: Tensor) -> Expec
     return Expectation(name, plain.dtype, exact, plain.to(torch.float64), band)
 
 
-def evaluate(call: Call) -> tuple[dict[str, Tensor], Positions | None]:
+def evaluate(call: Call) -> tuple[dict[str, Tensor], Positions]:
     """The reference's results by name, and the positions that score_mod saw."""
-    leaves = {name: getattr(call, name) for name in INPUTS} | call.captured
-    leaves = {name: x.detach().clone().requires_grad_(name in call.wanted) for name, x in leaves.items()}
+    given = {name: getattr(call, name) for name in INPUTS} | call.captured
+    # what is captured is read in the accumulation type, where its gradient is added up too
+    acc = ACC_DTYPE[call.query.dtype]
+    raised = {name for name, x in call.captured.items() if x.is_floating_point()}
+    leaves = {name: x.detach().to(acc if name in raised else x.dtype, copy=True) for name, x in given.items()}
+    leaves = {name: x.requires_grad_(name in call.wanted) for name, x in leaves.items()}
     seen: list[Positions] = []
     score_mod = call.make_score(leaves) if call.make_score else lambda score, b, h, q_idx, kv_idx: score
 
     def recorded(score, *index):
-        seen.append(Positions(score.detach(), index))
+        b, h, q_idx, kv_idx = map(_flat, index)
+        seen.append(Positions(_flat(score).detach(), (b, h, q_idx, kv_idx)))
         return score_mod(score, *index)
 
     query, key, value = (leaves[name] for name in INPUTS)
@@ -127,5 +132,11 @@ def evaluate(call: Call) -> tuple[dict[str, Tensor], Positions | None]:
         outputs, grad_outputs = zip(*terms, strict=True)
         grads = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True)
     for name, grad in zip(call.wanted, grads, strict=True):
-        results[f"grad {name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
-    return results, seen[-1] if seen else None
+        results[f"grad {name}"] = torch.zeros_like(given[name]) if grad is None else grad.to(given[name].dtype)
+    none = torch.zeros(0, dtype=torch.int64)
+    return results, seen[-1] if seen else Positions(torch.zeros(0, dtype=acc), (none,) * 4)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """All positions of what a mod is given for one of them."""
+    return torch._C._functorch.get_unwrapped(x)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexref.conformance.call import Call, Positions
 from flexref.conformance.rounding import Rounding, finite
-from flexref.reference import NestedReads
+from flexref.reference import at_each_position
 
 Index = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -32,9 +32,10 @@ class Run:
         self.leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in floats.items()}
         post = self.score
         if call.make_score:
-            with NestedReads(torch.arange(len(score))):
-                post = call.make_score(call.captured | self.leaves)(self.score, *index)
-        self.post = torch.as_tensor(post).to(dtype).expand(score.shape)
+            if len(score):
+                mod = call.make_score(call.captured | self.leaves)
+                post = at_each_position(mod, dtype)(self.score, *index)
+        self.post = post.to(dtype)
 
     def pull(self, cotangent: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         """What `cotangent` (N,) of the result is for each leaf, in float64."""

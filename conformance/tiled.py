@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from flexref.problem import Gradients, Output, Problem, Tensors
-from flexref.reference import NestedReads
+from flexref.reference import at_each_position
 
 TILE = 16
 
@@ -201,9 +201,10 @@ class _Sweep:
             q_idx, kv_idx = kv_idx, q_idx
         if self.fault == "key head given to score_mod":
             h = h // self.problem.group
-        with _StandIns(self.leaves), NestedReads(torch.arange(b.numel())):
-            post = self.tensors.score_mod(score[allowed], b, h, q_idx, kv_idx)
-        post = torch.as_tensor(post).to(score.dtype).expand(b.numel())
+        post = score[allowed]
+        if b.numel():
+            with _StandIns(self.leaves):
+                post = at_each_position(self.tensors.score_mod, score.dtype)(post, b, h, q_idx, kv_idx).to(score.dtype)
         return torch.full_like(score, -torch.inf).masked_scatter(allowed, post)
 
     def allowed(self, tile: slice) -> Tensor:
@@ -213,10 +214,9 @@ class _Sweep:
             b, h, q_idx, kv_idx = (i.flatten() for i in self.index(tile))
             if self.fault == "swapped q_idx and kv_idx in mask_mod":
                 q_idx, kv_idx = kv_idx, q_idx
-            with NestedReads(torch.arange(b.numel())):
-                says = (
-                    torch.as_tensor(self.tensors.mask_mod(b, h, q_idx, kv_idx)).expand(b.numel()).view(shape)
-                )
+            if b.numel():
+                mask_mod = at_each_position(self.tensors.mask_mod, self.problem.acc_dtype)
+                says = mask_mod(b, h, q_idx, kv_idx).view(shape)
         if self.blocks is None:
             return says
         listed, full = (side[..., tile] for side in self.blocks)

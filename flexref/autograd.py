@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from flexref.backend import Backend
 from flexref.errors import Unsupported
@@ -28,18 +29,31 @@ def attend(backend: Backend, problem: Problem, tensors: Tensors) -> Output:
             f"backend {backend.name!r} cannot run this problem: {'; '.join(reasons)}.",
             {backend.name: list(reasons)},
         )
+    inputs = (tensors.query, tensors.key, tensors.value, *tensors.captured, *tensors.roots)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(problem, inputs)
     if not problem.needs_backward:
         with torch.no_grad():
             return backend.forward(problem, tensors)
-    inputs = (tensors.query, tensors.key, tensors.value, *tensors.captured)
     return Output(*_Attend.apply(backend, problem, tensors, *inputs))
+
+
+def _refuse_tangents(problem: Problem, inputs: tuple) -> None:
+    """Raise NotImplementedError for an input with a forward-mode tangent, which would be dropped (R19)."""
+    captured = [f"the captured tensor {capture.name}" for capture in problem.captures]
+    for x, name in zip_longest(inputs, ("query", "key", "value", *captured), fillvalue="a captured tensor"):
+        if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[arg-type]
+            raise NotImplementedError(
+                f"{name} has a tangent, but flexref.flex_attention has no forward-mode derivative; use backward() or "
+                "torch.autograd.grad, or detach the tangent with torch.autograd.forward_ad.unpack_dual."
+            )
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: Backend, problem: Problem, tensors: Tensors, *inputs):  # type: ignore[override]
         output = backend.forward(problem, tensors)
-        ctx.backend, ctx.problem = backend, problem
+        ctx.backend, ctx.problem, ctx.kept = backend, problem, output.kept
         # query, key and value come back from the saved tensors, where checkpointing can replace them
         ctx.rest = replace(tensors, query=None, key=None, value=None)
         ctx.save_for_backward(*inputs[:3], output.out, output.lse, *output.saved, *inputs[3:])
@@ -50,17 +64,50 @@ class _Attend(torch.autograd.Function):
         return output.out, output.lse, output.max_scores
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_lse, _):  # type: ignore[override]
-        query, key, value, out, lse, *others = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return (None,) * (6 + len(ctx.rest.captured))
-        lse_alone = grad_out is None
-        if lse_alone:
-            # only lse counts: what values hold, and the out that they made, must not come in as 0 times NaN
-            grad_out, out, value = (torch.zeros_like(x) for x in (out, out, value))
-        tensors = replace(ctx.rest, query=query, key=key, value=value)
-        output = Output(out, lse, None, tuple(others[: ctx.saved_count]))
-        gradients = ctx.backend.backward(ctx.problem, tensors, output, grad_out, grad_lse)
-        d_value = gradients.value.zero_() if lse_alone and gradients.value is not None else gradients.value
-        return (None, None, None, gradients.query, gradients.key, d_value, *gradients.captured)
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad_out, grad_lse)
+        if torch.is_grad_enabled():
+            # a graph of the gradients was asked for, and there is none (R19)
+            gradients = _no_further(gradients, (*ctx.saved_tensors, grad_out, grad_lse))
+        return None, None, None, *gradients
+
+
+def _gradients(ctx, grad_out, grad_lse) -> list:
+    query, key, value, out, lse, *others = ctx.saved_tensors
+    rest = ctx.rest
+    if grad_out is None and grad_lse is None:
+        return [None] * (3 + len(rest.captured) + len(rest.roots))
+    lse_alone = grad_out is None
+    if lse_alone:
+        # only lse counts: what values hold, and the out that they made, must not come in as 0 times NaN
+        grad_out, out, value = (torch.zeros_like(x) for x in (out, out, value))
+    tensors = replace(rest, query=query, key=key, value=value)
+    output = Output(out, lse, None, tuple(others[: ctx.saved_count]), ctx.kept)
+    gradients = ctx.backend.backward(ctx.problem, tensors, output, grad_out, grad_lse)
+    d_value = gradients.value.zero_() if lse_alone and gradients.value is not None else gradients.value
+    roots = gradients.roots or (None,) * len(rest.roots)
+    return [gradients.query, gradients.key, d_value, *gradients.captured, *roots]
+
+
+def _no_further(gradients: list, made_of: tuple) -> list:
+    """The gradients as results of what they were made of, by something whose own derivative raises."""
+    found = [x for x in gradients if x is not None]
+    sources = [x for x in made_of if x is not None and x.requires_grad]
+    if not found:
+        return gradients
+    results = iter(_NotTwice.apply(len(found), *found, *sources))
+    return [None if x is None else next(results) for x in gradients]
+
+
+class _NotTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count: int, *tensors):  # type: ignore[override]
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):  # type: ignore[override]
+        raise NotImplementedError(
+            "flexref.flex_attention is differentiated twice, and it has first derivatives only; leave out create_graph=True, "
+            "or write the part that needs second derivatives with plain PyTorch operations."
+        )

@@ -93,6 +93,8 @@ class Tensors:
 
     `captured`: one tensor for each of Problem.captures. `scalars`: the captured Python numbers.
     `score_mod`, `mask_mod`: the user's own functions, which only the reference backend calls.
+    `roots`: tensors that a captured one is computed from in the mod; the reference, which calls the mod itself,
+    differentiates by them.
     """
 
     query: torch.Tensor
@@ -104,26 +106,32 @@ class Tensors:
     scalars: tuple[int | float, ...] = ()
     score_mod: Callable | None = None
     mask_mod: Callable | None = None
+    roots: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass
 class Output:
     """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type, natural log.
 
-    `saved`: what the backend's own backward wants back beside them.
+    `saved`: what the backend's own backward wants back beside them; `kept`: the same, where it is no tensor.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     max_scores: torch.Tensor | None = None
     saved: tuple[torch.Tensor, ...] = ()
+    kept: object = None
 
 
 @dataclass
 class Gradients:
-    """d query, d key, d value and one entry for each of Problem.captures; None where none is needed."""
+    """d query, d key, d value and one entry for each of Problem.captures; None where none is needed.
+
+    `roots`: one for each of Tensors.roots, from the reference alone.
+    """
 
     query: torch.Tensor | None
     key: torch.Tensor | None
     value: torch.Tensor | None
     captured: tuple[torch.Tensor | None, ...] = field(default=())
+    roots: tuple[torch.Tensor | None, ...] = ()

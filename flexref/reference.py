@@ -2,7 +2,8 @@
 
 `loops` is the definition: four loops, plain Python integers, one softmax a row. `einsum` says the same with
 whole tensors and is differentiable by torch autograd. Every backend is held to these two, so they import
-nothing of flexref and call the user's own functions. docs/semantics.md states the rules R1 to R15.
+nothing of flexref but one_float.py (what numbers are in a mod) and call the user's own functions.
+docs/semantics.md states the rules.
 
 Shapes: query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev); Hq is a multiple of Hkv.
 """
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from flexref.one_float import OneFloat
 
 ACC_DTYPE = {
     torch.float16: torch.float32,
@@ -64,11 +66,15 @@ def loops(
                     at = index(b), index(h), index(q_idx), index(kv_idx)
                     if not listed[b, h, q_idx, kv_idx]:
                         continue
-                    if not full[b, h, q_idx, kv_idx] and mask_mod and not _truth(mask_mod(*at)):
+                    with OneFloat(query.dtype):
+                        masked = not full[b, h, q_idx, kv_idx] and mask_mod and not _truth(mask_mod(*at))
+                    if masked:
                         continue
                     score = scale * torch.dot(query[b, h, q_idx], key[b, h, kv_idx])
                     if score_mod:
-                        score = torch.as_tensor(score_mod(score, *at), dtype=query.dtype, device=query.device)
+                        with OneFloat(query.dtype):
+                            score = score_mod(score, *at)
+                        score = torch.as_tensor(score, dtype=query.dtype, device=query.device)
                     if score == -INF:
                         continue
                     scores.append(score)
@@ -99,12 +105,12 @@ def einsum(
 ) -> Result:
     """The same with whole tensors: differentiable by query, key, value and all that score_mod reads.
 
-    A mod is called once for all positions that concern it, with flat tensors (N,) of them: mask_mod with
-    those listed and not listed full, score_mod with those allowed. Neither ever sees another position.
+    A mod is asked about all positions that concern it together, by torch.vmap, and sees one of them: mask_mod those
+    listed and not listed full, score_mod those allowed. Neither ever sees another position.
     """
     query, key, value, scale, out_dtype = _prepare(query, key, value, scale)
     shape = *query.shape[:3], key.shape[2]
-    allowed = _allowed(mask_mod, *_blocks(blocks, shape, query.device))
+    allowed = _allowed(mask_mod, query.dtype, *_blocks(blocks, shape, query.device))
 
     score = _scores(query, key, score_mod, scale, allowed)
     if (score == -INF).any():
@@ -132,8 +138,7 @@ def _scores(query: Tensor, key: Tensor, score_mod: Callable | None, scale: float
     score = scale * products.masked_select(allowed)
     if score_mod is None:
         return score
-    result = _ask(score_mod, allowed, score)
-    return torch.as_tensor(result, dtype=score.dtype, device=score.device).expand(score.shape)
+    return _ask(score_mod, score.dtype, allowed, score).to(score.dtype)
 
 
 def _as_seen(rows: Tensor, allowed: Tensor) -> Tensor:
@@ -144,39 +149,33 @@ def _as_seen(rows: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(allowed[..., None], rows[:, :, None], 0.0)
 
 
-def _allowed(mask_mod: Callable | None, listed: Tensor, full: Tensor) -> Tensor:
+def _allowed(mask_mod: Callable | None, acc: torch.dtype, listed: Tensor, full: Tensor) -> Tensor:
     """Listed, and (listed full, or mask_mod says so): bool (B, Hq, L, S)."""
     if mask_mod is None:
         return listed
     asked = listed & ~full
-    answer = torch.as_tensor(_truth(_ask(mask_mod, asked)), device=asked.device)
-    return listed.masked_scatter(asked, answer.expand(int(asked.sum())))
+    return listed.masked_scatter(asked, _ask(mask_mod, acc, asked))
 
 
-def _ask(mod: Callable, where: Tensor, *score: Tensor) -> object:
-    """A mod's answer for all positions where `where` is true, in the order of `where.nonzero()`."""
+def _ask(mod: Callable, acc: torch.dtype, where: Tensor, *score: Tensor) -> Tensor:
+    """A mod's answer for all positions where `where` is true, flat (N,), in the order of `where.nonzero()`."""
     at = where.nonzero(as_tuple=True)
-    with NestedReads(torch.arange(at[0].numel(), device=where.device)):
-        return mod(*score, *at)
+    if len(at[0]) == 0:
+        return score[0] if score else where[where]
+    # the mod may change its own arguments in place
+    return at_each_position(mod, acc)(*(x.clone() for x in score), *at)
 
 
-class NestedReads(TorchFunctionMode):
-    """Lets a mod read table[i][j] of many positions: [j] is taken in the row that each position has read."""
+def at_each_position(mod: Callable, acc: torch.dtype) -> Callable:
+    """The mod for many positions: given flat tensors (N,), it sees 0-d tensors of one position, and answers with (N,)."""
 
-    def __init__(self, each: Tensor):
-        super().__init__()
-        self.each = each
-        self.rows: list[Tensor] = []
+    def at_one(*arguments: Tensor) -> Tensor:
+        with OneFloat(acc):
+            answer = mod(*arguments)
+        # score_mod is given one argument more
+        return torch.as_tensor(answer if len(arguments) == 5 else _truth(answer), device=arguments[0].device)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not Tensor.__getitem__:
-            return func(*args, **(kwargs or {}))
-        table, at = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
-        is_row = any(table is row for row in self.rows)
-        result = table[(self.each, *at)] if is_row else table[at]
-        if is_row or any(isinstance(i, Tensor) and i.dim() for i in at):
-            self.rows.append(result)
-        return result
+    return torch.vmap(at_one)
 
 
 def _row_max(score: Tensor, allowed: Tensor) -> Tensor:
@@ -214,9 +213,7 @@ def _blocks(blocks: tuple[Tensor, Tensor] | None, shape: tuple[int, ...], device
     return blocks[0].expand(shape), blocks[1].expand(shape)
 
 
-def _prepare(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, float, torch.dtype]:
+def _prepare(query: Tensor, key: Tensor, value: Tensor, scale: float | None):
     """Query, key, value in the accumulation type, all with B batches and Hq heads; the scale; out's dtype."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype not in ACC_DTYPE:
@@ -226,10 +223,8 @@ def _prepare(
         shapes = f"key {tuple(key.shape)} and value {tuple(value.shape)}"
         raise ValueError(f"{shapes} do not agree, or key's head size is not query's {E}")
     if key.shape[0] not in (1, B) or key.shape[1] == 0 or H % key.shape[1]:
-        raise ValueError(
-            f"key's batch and heads {tuple(key.shape[:2])} do not go with query's {(B, H)}: "
-            "its batch is 1 or equal, its heads divide query's"
-        )
+        heads = f"key's batch and heads {tuple(key.shape[:2])} do not go with query's {(B, H)}"
+        raise ValueError(f"{heads}: its batch is 1 or equal, its heads divide query's")
     acc = ACC_DTYPE[query.dtype]
     # head h of the query reads head h // group of key and value
     group = H // key.shape[1]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -36,32 +36,61 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def forward(problem: Problem, tensors: Tensors) -> Output:
-    """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type."""
-    with torch.no_grad(), _no_autocast(tensors):
+    """out (B, Hq, L, Ev) in query's dtype; lse and max_scores (B, Hq, L) in the accumulation type.
+
+    Where a gradient is needed the graph of this run is kept, so that backward asks no mod again, whatever it would read then.
+    """
+    inputs = (tensors.query, tensors.key, tensors.value)
+    leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, problem.needs_grad, strict=True)]
+    reads = _read_by_mods(problem, tensors)
+    with torch.set_grad_enabled(problem.needs_backward), _no_autocast(tensors), _no_foreign_hooks(), _StandIns(reads):
         try:
-            result = _attend(tensors, tensors.query, tensors.key, tensors.value)
+            result = _attend(tensors, *leaves)
         except IndexError as error:
             raise named_index_error(problem, tensors) or error from None
-    return Output(_ordered_like(tensors.query, result.out), result.lse, result.max_scores)
+    kept = (result, leaves, reads) if problem.needs_backward else None
+    out, lse, max_scores = (x.detach() for x in result)
+    return Output(_ordered_like(tensors.query, out), lse, max_scores, kept=kept)
 
 
 def backward(
     problem: Problem, tensors: Tensors, output: Output, grad_out: Tensor, grad_lse: Tensor | None
 ) -> Gradients:
-    """Runs the reference again under autograd; a gradient, in its tensor's dtype, for each that needs one."""
-    inputs = (tensors.query, tensors.key, tensors.value, *tensors.captured)
-    needs = (*problem.needs_grad, *(capture.needs_grad for capture in problem.captures))
-    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needs, strict=True)]
-    stand_ins = {id(tensor): leaf for tensor, leaf in zip(tensors.captured, leaves[3:], strict=True)}
-    with torch.enable_grad(), _no_autocast(tensors), _StandIns(stand_ins), _same_bits(grad_out.device):
-        result = _attend(tensors, *leaves[:3])
-        # a mod that ignores the score leaves lse, or even out, without a path to any leaf
-        pairs = [(result.out, grad_out), (result.lse, grad_lse)]
-        pairs = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(_gradients(pairs, wanted))
-    grads = [_ordered_like(leaf, next(found)) if leaf.requires_grad else None for leaf in leaves]
-    return Gradients(grads[0], grads[1], grads[2], tuple(grads[3:]))
+    """A gradient, in its tensor's dtype, for each that needs one, through the graph that forward kept."""
+    result, leaves, reads = output.kept  # type: ignore[misc]
+    like = (tensors.query, tensors.key, tensors.value, *tensors.captured, *tensors.roots)
+    leaves = [*leaves, *(reads.get(id(x)) for x in like[3:])]
+    needs = [*problem.needs_grad, *_captured_needs(problem, tensors)]
+    # a mod that ignores the score leaves lse, or even out, without a path to any leaf
+    pairs = [(result.out, grad_out), (result.lse, grad_lse)]
+    pairs = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
+    with torch.enable_grad(), _no_autocast(tensors), _same_bits(grad_out.device):
+        found = iter(_gradients(pairs, [leaf for leaf, need in zip(leaves, needs, strict=True) if need]))
+    grads = [_ordered_like(x, next(found).to(x.dtype)) if need else None for x, need in zip(like, needs, strict=True)]
+    behind = 3 + len(tensors.captured)
+    return Gradients(grads[0], grads[1], grads[2], tuple(grads[3:behind]), tuple(grads[behind:]))
+
+
+def _captured_needs(problem: Problem, tensors: Tensors) -> list[bool]:
+    needs = [capture.needs_grad for capture in problem.captures]
+    return needs + [x.requires_grad and problem.needs_backward for x in tensors.roots]
+
+
+def _read_by_mods(problem: Problem, tensors: Tensors) -> dict[int, Tensor]:
+    """What stands for each tensor that the mods read, by id: floats in the accumulation type, where gradients add up."""
+    found: dict[int, Tensor] = {}
+    for x, need in zip((*tensors.captured, *tensors.roots), _captured_needs(problem, tensors), strict=True):
+        if x.is_floating_point():
+            leaf = found.setdefault(id(x), x.detach().to(problem.acc_dtype, copy=True))
+            leaf.requires_grad_(need or leaf.requires_grad)
+    return found
+
+
+def _no_foreign_hooks() -> AbstractContextManager:
+    """The graph that is kept saves its tensors itself: checkpointing, which would make them again, knows of it nothing."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:  # type: ignore[attr-defined]
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _attend(tensors: Tensors, query: Tensor, key: Tensor, value: Tensor) -> Result:
@@ -88,7 +117,7 @@ def _gradients(pairs: list[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> list
     if not pairs or not wanted:
         return [torch.zeros_like(leaf) for leaf in wanted]
     outputs, grads = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
+    return list(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True, materialize_grads=True))
 
 
 class _StandIns(TorchFunctionMode):
