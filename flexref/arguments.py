@@ -18,6 +18,7 @@ from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.compiled import original
 from flexref.program.ir import differentiable_loads
 from flexref.program.mods import Mod, shifted, traced_mod
+from flexref.program.recipes import Made
 from flexref.recent import Recent
 from flexref.tensor_gate import check_memory, check_surroundings
 
@@ -51,9 +52,7 @@ def prepare(
     acc_dtype = ACC_DTYPE[query.dtype]
     score_mod, mask_mod = original(score_mod), original(mask_mod)
     if block_mask is not None and mask_mod is not None:
-        raise ValueError(
-            "mask_mod and block_mask are both given; a block_mask has a mask_mod of its own: pass one of the two."
-        )
+        raise ValueError("mask_mod and block_mask are both given; a block_mask has a mask_mod of its own: pass one of the two.")
     score = None if score_mod is None else _traced(score_mod, "score", acc_dtype)
     if mask_mod is not None:
         block_mask, mask = _masked(mask_mod, query, key, acc_dtype)
@@ -64,6 +63,7 @@ def prepare(
     if block_mask is not None:
         _check_block_mask(block_mask, query, key)
     captures, captured, scalars = _merged(score, mask, query.device)
+    roots = _roots(score, captures, captured)
     grad = torch.is_grad_enabled()
     problem = Problem(
         batch=query.shape[0],
@@ -87,7 +87,7 @@ def prepare(
         deterministic=bool(deterministic),
         options=tuple(sorted(options.items())) if options else (),
     )
-    return problem, Tensors(query, key, value, scale, block_mask, captured, scalars, score_mod, mask_mod)
+    return problem, Tensors(query, key, value, scale, block_mask, captured, scalars, score_mod, mask_mod, roots)
 
 
 def _sizes(score: Mod | None) -> tuple[int, int]:
@@ -199,16 +199,24 @@ def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dty
     )
 
     def build() -> tuple[BlockMask, Contents]:
-        contents = Contents(mask.captured)
+        contents = Contents(mask.roots)
         with torch.no_grad():
             return create_block_mask(mask_mod, *sizes, device=query.device), contents
 
-    if mask.key is None or any(t.is_inference() for t in mask.captured):
+    if mask.key is None or any(t.is_inference() for t in mask.roots):
         return build()[0], mask
-    versions = tuple((id(t), t._version, t.data_ptr()) for t in mask.captured)
+    versions = tuple((id(t), t._version, t.data_ptr()) for t in mask.roots)
     kept = mask.key, versions, sizes, query.device
-    found = _masks.get(kept, build, keep_alive=mask.captured, fits=lambda known: known[1].same(mask.captured))
+    found = _masks.get(kept, build, keep_alive=mask.roots, fits=lambda known: known[1].same(mask.roots))
     return found[0], mask
+
+
+def _roots(score: Mod | None, captures: tuple[Capture, ...], captured: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What score_mod computes captured tensors from, and has no gradient as one that it reads itself."""
+    if score is None or not any(isinstance(recipe, Made) for recipe in score.recipes):
+        return ()
+    learned = [x for x, capture in zip(captured, captures, strict=True) if capture.needs_grad]
+    return tuple(x for x in score.learned if all(x is not read for read in learned))
 
 
 def _merged(score: Mod | None, mask: Mod | None, device: torch.device):

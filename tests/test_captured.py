@@ -7,7 +7,7 @@ import torch
 from flexref.errors import TraceError
 from flexref.program.trace import trace
 
-REFUSED = ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex64"]
+REFUSED = ["uint64", "float8_e4m3fn", "float8_e5m2", "complex64"]
 READ = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 
 
@@ -16,6 +16,14 @@ def test_a_dtype_that_not_every_engine_reads_is_refused_with_a_remedy(name):
     table = torch.zeros(8, dtype=getattr(torch, name))
     with pytest.raises(TraceError, match=rf"table of torch.{name} .*test_captured.py:.*\.to\(\)"):
         trace(lambda s, b, h, i, j: s + table[j], "score")
+
+
+@pytest.mark.parametrize(("name", "wide"), [("uint16", torch.int32), ("uint32", torch.int64)])
+def test_unsigned_integers_are_read_as_wider_ones(name, wide):
+    table = torch.tensor([1, 2, 60000, 3]).to(getattr(torch, name))
+    traced = trace(lambda s, b, h, i, j: s + table[j] * table[0], "score")
+    (read,) = traced.captured
+    assert read.dtype == wide and read.tolist() == table.tolist() and traced.roots == (table,)
 
 
 @pytest.mark.parametrize("name", READ)

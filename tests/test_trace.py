@@ -110,11 +110,6 @@ def branch(s, b, h, q, k):
     return s * 2
 
 
-def changes(s, b, h, q, k):
-    s += 1
-    return s
-
-
 def writes(s, b, h, q, k):
     per_head[h] = s
     return s
@@ -131,8 +126,7 @@ REFUSED = {
     "softmax": (lambda s, b, h, q, k: torch.softmax(s, 0), "score", "softmax()", "capture the result"),
     "random": (lambda s, b, h, q, k: s + torch.rand(()), "score", "rand()", "draw the numbers before"),
     "dropout": (lambda s, b, h, q, k: F.dropout(s, 0.5), "score", "dropout()", "draw the numbers before"),
-    "in_place": (changes, "score", "add_()", "x = x + y"),
-    "in_place_method": (lambda s, b, h, q, k: s.mul_(2), "score", "mul_()", "x = x + y"),
+    "in_place": (lambda s, b, h, q, k: s + per_head.mul_(2)[h], "score", "mul_()", "x = x + y"),
     "write": (writes, "score", "__setitem__", "return a new value"),
     "few_arguments": (
         lambda s, b, h, q: s,
@@ -149,7 +143,7 @@ REFUSED = {
     "whole_capture": (lambda s, b, h, q, k: s + per_head, "score", "per_head", "index every dimension"),
     "half_indexed": (lambda s, b, h, q, k: s + table[h], "score", "1 of its 2", "table[h, q_idx]"),
     "half_indexed_left": (lambda s, b, h, q, k: table[h] + s, "score", "1 of its 2", "table[h, q_idx]"),
-    "slice": (lambda s, b, h, q, k: s + table[h, :], "score", "slice", "one integer"),
+    "slice": (lambda s, b, h, q, k: s + table[h, :], "score", "1 of its 2", "index every dimension"),
     "float_index": (lambda s, b, h, q, k: s + table[h, q / 2], "score", "float32", "`//`, not `/`"),
     "too_many": (lambda s, b, h, q, k: s + per_head[h, q], "score", "2 indices", "1 dimensions"),
     "small_int": (lambda s, b, h, q, k: s + q.to(torch.int8), "score", "torch.int8", "int64"),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import linecache
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexref.errors import TraceError
+from flexref.program.places import definition, label, name_of, trace_lines, user_line
 
 METADATA = frozenset(
     """size dim numel stride ndimension nelement __len__ is_floating_point is_complex storage_offset is_contiguous
@@ -30,8 +28,6 @@ _REDUCTIONS = frozenset(
     """sum mean prod amax amin aminmax argmax argmin softmax log_softmax cumsum cumprod sort topk any all logsumexp
     norm var std median mode cummax cummin kthvalue nansum nanmean unique argsort""".split()
 )
-_OURS = os.path.dirname(os.path.abspath(__file__))
-_TORCH = os.path.dirname(os.path.abspath(str(torch.__file__)))
 _RULES = {
     "decision": "a mod is traced once for all positions, so Python cannot branch on or convert a traced value",
     "reduction": "a mod sees one score at a time, so it cannot reduce over rows or columns",
@@ -41,8 +37,8 @@ _RULES = {
 }
 
 
-def refuse(fn: Callable, kind: str, name: str, args: tuple) -> None:
-    """Raise TraceError if this call, seen while the mod runs, breaks a rule."""
+def refuse(fn: Callable, kind: str, name: str, args: tuple, of_tensors: bool) -> None:
+    """Raise TraceError if this call, seen while the mod runs, breaks a rule; `of_tensors`: no position takes part in it."""
     if name in _DECISIONS:
         instead = (
             "write torch.where(condition, a, b) for `if`, `&` `|` `~` for `and` `or` `not`, "
@@ -53,7 +49,7 @@ def refuse(fn: Callable, kind: str, name: str, args: tuple) -> None:
             raise _broken(fn, kind, "decision", what, "read the number before the call and capture it")
         raise _broken(fn, kind, "decision", f"calls {_spoken(name)} on a traced value", instead)
     extreme = name in ("max", "min") and len(args) == 1
-    if name in _REDUCTIONS or extreme:
+    if not of_tensors and (name in _REDUCTIONS or extreme):
         raise _broken(fn, kind, "reduction", f"calls {name}()", "compute it before the call and capture the result as a tensor")
     if name in _RANDOM:
         raise _broken(fn, kind, "random", f"calls {name}()", "draw the numbers before the call and capture them as a tensor")
@@ -76,6 +72,20 @@ def refuse_own_backward(fn: Callable, kind: str) -> None:
             instead = "write it in plain operations; a straight-through value is x + (f(x) - x).detach()"
             raise _broken(fn, kind, "own_backward", "calls a torch.autograd.Function", instead)
         frame = frame.f_back
+
+
+def without_in_place(name: str) -> str | None:
+    """`__add__` of `__iadd__`, `mul` of `mul_`: the function that gives what the one in place would write; else None."""
+    if name.startswith("__i") and name[3:] in _IN_PLACE:
+        return f"__{name[3:]}"
+    plain = name[:-1] if name.endswith("_") and not name.endswith("__") else ""
+    return plain if plain not in _RANDOM and hasattr(Tensor, plain) else None
+
+
+def in_place(fn: Callable, kind: str, name: str, new: torch.dtype, old: torch.dtype) -> TraceError:
+    why = f"which makes {new} of {old}" if new != old else "of which there is a view or a detached alias"
+    instead = "write `x = x + y` for `x += y`, and return a new value"
+    return _broken(fn, kind, "mutation", f"calls {_spoken(name)} in place on a value, {why}", instead)
 
 
 _IN_PLACE = frozenset(
@@ -129,19 +139,20 @@ def partial(part) -> TraceError:
     )
 
 
-def check_index(fn: Callable, kind: str, tensor: Tensor, items: tuple[Any, ...], name: str) -> None:
-    """Raise TraceError for an index that does not pick one element: a slice, None, a float, a bool, too many."""
+def check_index(fn: Callable, kind: str, tensor: Tensor, before: tuple, items: tuple[Any, ...], name: str) -> None:
+    """Raise TraceError for an index that is no integer, slice, None or `...`, and for too many of them."""
     for item in items:
-        if not _one_integer(item):
+        if not (item is None or item is Ellipsis or isinstance(item, slice) or _one_integer(item)):
             shown = f"{item.dtype} tensor of shape {tuple(item.shape)}" if isinstance(item, Tensor) else repr(item)
             raise TraceError(
                 f"{kind}_mod {label(fn)} indexes the captured tensor {name} with {shown}, at {user_line(fn)}. Rule: an index is "
                 "one integer. Instead: use b, h, q_idx, kv_idx, integers, or integer arithmetic on them (`//`, not `/`)."
             )
-    if len(items) > tensor.dim():
+    given = len(before) + sum(x is not None and x is not Ellipsis for x in items)
+    if given > tensor.dim():
         raise TraceError(
             f"{kind}_mod {label(fn)} indexes the captured tensor {name} of shape {tuple(tensor.shape)} with "
-            f"{len(items)} indices, at {user_line(fn)}; it has {tensor.dim()} dimensions."
+            f"{given} indices, at {user_line(fn)}; it has {tensor.dim()} dimensions."
         )
 
 
@@ -159,10 +170,10 @@ _READABLE = frozenset(
 
 
 def check_captured(fn: Callable, kind: str, tensor: Tensor, name: str) -> None:
-    """Raise TraceError for a captured tensor whose dtype or layout no program can read."""
-    if tensor.dtype not in _READABLE or tensor.layout != torch.strided:
+    """Raise TraceError for a captured tensor of a dtype that no program can read; its memory is looked at by the gate."""
+    if tensor.dtype not in _READABLE:
         raise TraceError(
-            f"{kind}_mod {label(fn)} reads the captured tensor {name} of {tensor.dtype} and {tensor.layout}, at "
+            f"{kind}_mod {label(fn)} reads the captured tensor {name} of {tensor.dtype}, at "
             f"{user_line(fn)}; capture a dense tensor of bool, uint8, int8 to int64, or float16 to float64 instead, "
             "made before the call with .to(), such as .long() or .float()."
         )
@@ -178,81 +189,10 @@ def not_pointwise(fn: Callable, kind: str, mistake) -> TraceError:
 
 
 def failed(fn: Callable, kind: str, error: Exception) -> TraceError:
-    lines = [f for f in _trace_lines(error)]
+    lines = [f for f in trace_lines(error)]
     at = lines[-1] if lines else definition(fn)
     return TraceError(
         f"{kind}_mod {label(fn)} failed while it was traced, at {at}: {type(error).__name__}: "
         f"{str(error).splitlines()[0] if str(error) else ''}. Rule: {_RULES['decision']}. "
         "Instead: use only torch functions on one score and its indices."
     )
-
-
-def _trace_lines(error: Exception) -> list[str]:
-    lines, frame = [], error.__traceback__
-    while frame is not None:
-        path = frame.tb_frame.f_code.co_filename
-        if _is_users(path):
-            lines.append(_place(path, frame.tb_lineno))
-        frame = frame.tb_next
-    return lines
-
-
-def label(fn: Callable) -> str:
-    """The name that a user gave the mod."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return f"`{getattr(fn, '__name__', type(fn).__name__)}`"
-
-
-def definition(fn: Callable) -> str:
-    """file:line of the mod's definition."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    code = getattr(fn, "__code__", None) or getattr(vars(type(fn)).get("__call__"), "__code__", None)
-    return _place(code.co_filename, code.co_firstlineno) if code else "an unknown place"
-
-
-def user_line(fn: Callable) -> str:
-    """file:line, and the text, of the user's statement that is running now."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if _is_users(frame.f_code.co_filename):
-            return _place(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back
-    return definition(fn)
-
-
-def _is_users(path: str) -> bool:
-    return not (path.startswith((_OURS + os.sep, _TORCH + os.sep)) or path.startswith("<frozen"))
-
-
-def _place(path: str, line: int) -> str:
-    text = linecache.getline(path, line).strip()
-    text = text if len(text) <= 80 else text[:77] + "..."
-    return f"{path}:{line}" + (f" `{text}`" if text else "")
-
-
-def name_of(tensor: Tensor, fn: Callable) -> str:
-    """The variable that holds `tensor`, in the statement that is running or in the mod's closure."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if _is_users(frame.f_code.co_filename):
-            for name, value in [*frame.f_locals.items(), *frame.f_globals.items()]:
-                if value is tensor:
-                    return name
-                inner = _held_name(value, tensor) if name == "self" else None
-                if inner:
-                    return f"self.{inner}"
-            break
-        frame = frame.f_back
-    return "captured tensor"
-
-
-def _held_name(holder: object, tensor: Tensor) -> str | None:
-    """The attribute of an object, or the parameter or buffer of a module, that is `tensor`."""
-    state = getattr(holder, "__dict__", {})
-    for held in (state, state.get("_parameters"), state.get("_buffers")):
-        for name, value in (held or {}).items():
-            if value is tensor:
-                return name
-    return None

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flexref.program.closure import Leaves, leaves_of
 from flexref.program.compiled import original
-from flexref.program.ir import Graph, Node
+from flexref.program.ir import Graph, Node, differentiable_loads
+from flexref.program.recipes import Made, Recipe, learned_roots, make
 from flexref.program.trace import Traced, trace
 
 _LIMIT = 512
@@ -25,6 +26,7 @@ class Mod(NamedTuple):
     """A traced mod with the tensors that it captures now, and what identifies it.
 
     `why`: because of what it is traced at each call; None, as `key` is not, where its program is kept.
+    `roots`: the tensors that the captured ones are, or are computed from in the mod.
     """
 
     graph: Graph
@@ -33,6 +35,14 @@ class Mod(NamedTuple):
     scalars: tuple[int | float, ...]
     key: tuple | None
     why: str | None = None
+    roots: tuple[Tensor, ...] = ()
+    recipes: tuple[Recipe, ...] = ()
+
+    @property
+    def learned(self) -> tuple[Tensor, ...]:
+        """The roots that a gradient goes back to, by way of a tensor that is made of them in the mod."""
+        made = (self.recipes[i] for i in differentiable_loads(self.graph) if isinstance(self.recipes[i], Made))
+        return tuple(self.roots[place] for place in sorted(frozenset().union(*map(learned_roots, made))))
 
 
 def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
@@ -43,7 +53,7 @@ def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
     fn = original(fn)
     leaves = leaves_of(fn)
     if leaves.why:
-        return Mod(*trace(fn, kind, acc_dtype, leaves), None, leaves.why)
+        return _not_kept(trace(fn, kind, acc_dtype, leaves), leaves.why)
     key = (kind, acc_dtype, leaves.key)
     with _lock:
         known = _traced.get(key)
@@ -52,25 +62,31 @@ def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
     if known is None:
         known = _trace_and_locate(fn, kind, acc_dtype, leaves)
         if known[1] is None:
-            return Mod(*known[0], None, "it reads a tensor that is found in nothing that it reaches")
+            return _not_kept(known[0], "it reads a tensor that is found in nothing that it reaches")
         with _lock:
             _traced[key] = known
             if len(_traced) > _LIMIT:
                 _traced.popitem(last=False)
     traced, places = known
-    return Mod(traced.graph, tuple([leaves.tensors[i] for i in places]), traced.names, traced.scalars, key)
+    roots = tuple([leaves.tensors[i] for i in places])
+    captured = tuple([make(recipe, roots) for recipe in traced.recipes])
+    return Mod(traced.graph, captured, traced.names, traced.scalars, key, None, roots, traced.recipes)
+
+
+def _not_kept(traced: Traced, why: str) -> Mod:
+    return Mod(traced.graph, traced.captured, traced.names, traced.scalars, None, why, traced.roots, traced.recipes)
 
 
 def _trace_and_locate(fn: Callable, kind: str, acc_dtype: torch.dtype, leaves: Leaves):
-    """Where among the leaves each captured tensor is; None if one is not there, so that the trace cannot be kept."""
+    """Where among the leaves each root is; None if one is not there, so that the trace cannot be kept."""
     traced = trace(fn, kind, acc_dtype, leaves)
     places = []
-    for tensor in traced.captured:
+    for tensor in traced.roots:
         place = next((i for i, leaf in enumerate(leaves.tensors) if leaf is tensor), None)
         if place is None:
             return traced, None
         places.append(place)
-    return traced._replace(captured=()), tuple(places)
+    return traced._replace(captured=(), roots=()), tuple(places)
 
 
 @lru_cache(maxsize=1024)

@@ -16,24 +16,31 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flexref.errors import TraceError
-from flexref.program import mistakes
+from flexref.program import mistakes, places
 from flexref.program.builder import Builder, Ref, type_of
 from flexref.program.closure import Leaves
 from flexref.program.compiled import nothing_compiled
 from flexref.program.interpret import dtype_of
 from flexref.program.ir import INDICES, Graph
+from flexref.program.partial import Partial
+from flexref.program.recipes import Kitchen, Recipe, Root, belongs_to_no_position, pick
 from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
 
 SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
 
 
 class Traced(NamedTuple):
-    """A program, the captured tensors its loads name by position, and the captured numbers its scalars name."""
+    """A program, the captured tensors its loads name by position, and the captured numbers its scalars name.
+
+    `recipes`: how each captured tensor is made of `roots`, the tensors that the mod reaches.
+    """
 
     graph: Graph
     captured: tuple[Tensor, ...]
     names: tuple[str, ...]
     scalars: tuple[int | float, ...]
+    recipes: tuple[Recipe, ...] = ()
+    roots: tuple[Tensor, ...] = ()
 
 
 def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leaves: Leaves | None = None) -> Traced:
@@ -57,7 +64,8 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
         except Exception as error:
             raise mistakes.failed(fn, kind, error) from error
     graph, scalars = lift(builder.graph({"out": out}), captured_numbers(leaves))
-    return Traced(graph, tuple(recorder.captured), tuple(recorder.names), scalars)
+    recipes = tuple(map(recorder.kitchen.recipe, recorder.captured))
+    return Traced(graph, tuple(recorder.captured), tuple(recorder.names), scalars, recipes, tuple(recorder.kitchen.roots))
 
 
 def check_arity(fn: Callable, kind: str) -> None:
@@ -100,6 +108,10 @@ def lift(graph: Graph, is_captured: Callable[[int | float], bool]) -> tuple[Grap
     return builder.graph({name: places[ref] for name, ref in graph.outputs}), tuple(slots)
 
 
+# integers that no engine reads as they are
+_READ_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
+
+
 class _Recorder(TorchFunctionMode):
     """Stands between the mod and PyTorch while the mod runs."""
 
@@ -109,6 +121,9 @@ class _Recorder(TorchFunctionMode):
         self.captured: list[Tensor] = []
         self.names: list[str] = []
         self.builder = Builder()
+        self.kitchen = Kitchen()
+        self.widened: dict[int, Tensor] = {}
+        self.aliased = False
 
     def call(self):
         names = SIGNATURES[self.kind]
@@ -149,21 +164,39 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         mistakes.refuse_own_backward(self.fn, self.kind)
         if name == "__get__" and getattr(func, "__self__", None) is Tensor.data:
-            return args[0].detach()
+            return self.recorded(Tensor.detach, args, kwargs)
         if name == "__getitem__" and self.is_captured(args[0]):
             return self.index(args[0], (), args[1])
-        mistakes.refuse(self.fn, self.kind, name, args)
-        if name in mistakes.METADATA or name == "__get__":
+        if isinstance(args[0] if args else None, Value) and (plain := mistakes.without_in_place(name)):
+            return self.in_place(plain, args, kwargs)
+        of_tensors = belongs_to_no_position(args, kwargs, Partial)
+        mistakes.refuse(self.fn, self.kind, name, args, of_tensors)
+        if name in mistakes.METADATA or name == "__set__":
             return func(*args, **kwargs)
         if name == "new_tensor":
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype), device="cpu")
         leaves = list(flatten((args, tuple(kwargs.values()))))
-        if not any(isinstance(x, (Tensor, Partial)) for x in leaves):
+        if of_tensors and (name == "__get__" or not any(isinstance(x, Tensor) and x.dim() == 0 for x in leaves)):
+            return self.kitchen.run(func, *args, **kwargs)
+        if name == "__get__":
             return func(*args, **kwargs)
         args = map_leaves(args, self.element)
         kwargs = {k: map_leaves(v, self.element) for k, v in kwargs.items()}
         value = plain_call(func, args, kwargs)
-        return func(*args, **kwargs) if value is None else value
+        value = func(*args, **kwargs) if value is None else value
+        first = args[0] if args else None
+        if isinstance(first, Value) and isinstance(value, Value) and value is not first:
+            # in PyTorch the two are one piece of memory
+            self.aliased |= name == "detach" or value.ref.position == first.ref.position
+        return value
+
+    def in_place(self, name: str, args: tuple, kwargs: dict) -> Value:
+        """`score += x`: the mod's own value becomes another, under every name that it has."""
+        value = self.recorded(getattr(Tensor, name), args, kwargs)
+        if not torch.can_cast(value.dtype, args[0].dtype) or self.aliased:
+            raise mistakes.in_place(self.fn, self.kind, name, value.dtype, args[0].dtype)
+        args[0].ref = Ref(self.builder.cast(value.ref, type_of(args[0].dtype)))
+        return args[0]
 
     def element(self, x):
         """A captured tensor used as a number: a load without an index, if it has no dimension."""
@@ -177,12 +210,21 @@ class _Recorder(TorchFunctionMode):
 
     def index(self, tensor: Tensor, before: tuple, item):
         """`tensor[*before, item]`: a load when every dimension has its index."""
-        items = (*before, *(item if isinstance(item, tuple) else (item,)))
+        items = item if isinstance(item, tuple) else (item,)
+        if not before and not any(isinstance(x, Value) or isinstance(x, Tensor) and x.dim() == 0 for x in items):
+            ints = all(type(x) is int for x in items)
+            if not ints or len(items) < tensor.dim():
+                return self.kitchen.run(Tensor.__getitem__, tensor, item)
         items = tuple(self.element(x) for x in items)
-        mistakes.check_index(self.fn, self.kind, tensor, items, self.name(tensor))
+        mistakes.check_index(self.fn, self.kind, tensor, before, items, self.name(tensor))
+        tensor, items = pick(self.kitchen, tensor, before, items)
         return self.load(tensor, items) if len(items) == tensor.dim() else Partial(self, tensor, items)
 
     def load(self, tensor: Tensor, items: tuple) -> Tensor:
+        if tensor.dtype in _READ_AS:
+            if id(tensor) not in self.widened:
+                self.widened[id(tensor)] = self.kitchen.run(Tensor.to, tensor, _READ_AS[tensor.dtype])
+            tensor = self.widened[id(tensor)]
         place = next((i for i, known in enumerate(self.captured) if known is tensor), len(self.captured))
         if place == len(self.captured):
             mistakes.check_captured(self.fn, self.kind, tensor, self.name(tensor))
@@ -190,46 +232,15 @@ class _Recorder(TorchFunctionMode):
             self.names.append(self.name(tensor))
         type = type_of(tensor.dtype)
         indices = tuple(returned(self.builder, x, "int") for x in items)
-        ref = Ref(self.builder.node("load", indices, type, place, mistakes.user_line(self.fn)))
+        ref = Ref(self.builder.node("load", indices, type, place, places.user_line(self.fn)))
         # an int keeps its dtype, so that arithmetic in one that wraps is refused
         dtype = tensor.dtype if type == "int" else dtype_of(type, self.acc_dtype)
         return Value(self.builder, ref, dtype)
 
     def name(self, tensor: Tensor) -> str:
-        return mistakes.name_of(tensor, self.fn)
-
-
-class Partial:
-    """A captured tensor with some of its dimensions indexed: `table[h]`, waiting for `[q_idx]`."""
-
-    def __init__(self, recorder: _Recorder, tensor: Tensor, items: tuple):
-        self.recorder, self.tensor, self.items = recorder, tensor, items
-
-    def __getitem__(self, item):
-        return self.recorder.index(self.tensor, self.items, item)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape[len(self.items) :]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise mistakes.partial(next(x for x in flatten(args) if isinstance(x, Partial)))
-
-    def __getattr__(self, name: str):
-        raise mistakes.partial(self)
-
-    def _number(self, *_):
-        raise mistakes.partial(self)
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = (
-        _number
-    )
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __abs__ = __invert__ = __bool__ = __int__ = (
-        __float__
-    ) = _number
-    __lt__ = __le__ = __gt__ = __ge__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _number
+        found = places.name_of(tensor, self.fn)
+        if found != places.NAMELESS or id(tensor) not in self.kitchen.made:
+            return found
+        how = self.kitchen.made[id(tensor)][1]
+        used = [self.kitchen.roots[x.place] for x in flatten(how.args) if isinstance(x, Root)]
+        return f"made of {' and '.join(self.name(x) for x in used)}" if used else "made inside the mod"
