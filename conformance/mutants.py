@@ -13,6 +13,7 @@ _plain = Case(q_len=33, kv_len=37, batch=2, kv_heads=2, group=2, head_dim=8, val
 
 _causal = _plain.but(mask="q_idx >= kv_idx")
 _bias = _plain.but(score="score + bias[h, q_idx, kv_idx]")
+_slopes = _plain.but(score="score * slope[h]", q_len=65, kv_len=257, batch=1)
 _listed = _plain.but(mask="(q_idx + kv_idx) % 3 != 0", blocks=Blocks((16, 16), by_hand=True, heads=True))
 
 FAULTS: dict[str, Case] = {
@@ -52,5 +53,11 @@ FAULTS: dict[str, Case] = {
     "captured gradient of the first batch only": _bias,
     "captured gradient of the last tile only": _plain.but(score="score + slope[h] * (kv_idx - q_idx)"),
     "captured gradient times 1 + 1e-3": _bias,
+    # 1 % is three steps of bfloat16
+    **{
+        f"captured gradient 1 % off, {dtype}": _bias.but(dtype=dtype, captured_dtype=dtype)
+        for dtype in ("bfloat16", "float16", "float32", "float64")
+    },
+    "captured gradient 1 % off, float16 slopes of long rows": _slopes.but(dtype="float16", captured_dtype="float16"),
     "out rounded twice through half": _plain.but(dtype="float32"),
 }

@@ -122,6 +122,8 @@ class Tiled:
             grad = grad[:, :, 0] if one_head else grad.sum(2)
             return (grad if like.shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)).to(like.dtype)
 
+        if self.fault and self.fault.startswith("captured gradient 1 % off"):
+            found = [g * 1.01 for g in found]
         if self.fault == "captured gradient times 1 + 1e-3":
             found = [g * 1.001 for g in found]
         by_id = {id(t): g.to(t.dtype) for t, g in zip(captured, found, strict=True)}

@@ -14,7 +14,7 @@ READ = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_dtype_that_not_every_engine_reads_is_refused_with_a_remedy(name):
     table = torch.zeros(8, dtype=getattr(torch, name))
-    with pytest.raises(TraceError, match=rf"table of torch.{name} .*test_captured.py:.*\.to\(\)"):
+    with pytest.raises(TraceError, match=rf"table of torch.{name}, .*test_captured.py:.*\.to\(\)"):
         trace(lambda s, b, h, i, j: s + table[j], "score")
 
 
