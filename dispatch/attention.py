@@ -20,6 +20,7 @@ from flexref.dispatch.options import checked_options, wanted_backend
 from flexref.problem import Problem, Tensors
 from flexref.program.mods import traced_mod
 from flexref.recent import Recent
+from flexref.uncompiled import uncompiled
 
 _choices = Recent(4096)
 _unavailable = Recent(64)
@@ -39,6 +40,7 @@ class AuxOutput(NamedTuple):
     max_scores: Tensor | None = None
 
 
+@uncompiled
 def flex_attention(
     query: Tensor,
     key: Tensor,
@@ -116,6 +118,7 @@ class Explanation(NamedTuple):
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
 
 
+@uncompiled
 def explain(
     query: Tensor,
     key: Tensor,

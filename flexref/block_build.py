@@ -18,6 +18,7 @@ from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
 from flexref.errors import TraceError
 from flexref.mod_objects import name_of
 from flexref.program.compiled import nothing_compiled, original
+from flexref.uncompiled import uncompiled
 
 # positions asked at once: a few temporaries of int64 still fit into a cache
 _POSITIONS = 1 << 20
@@ -191,6 +192,7 @@ class Asker:
         return torch.tensor(values, dtype=torch.bool, device=b.device).reshape(*q_idx.shape, kv_idx.shape[1])
 
 
+@uncompiled
 def create_mask(
     mod_fn: Callable,
     B: int | None,

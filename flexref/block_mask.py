@@ -28,6 +28,7 @@ from flexref.block_torch import TorchForm
 from flexref.mask_mods import Offset, View, and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
 from flexref.mod_objects import moved, same_mod
 from flexref.program.compiled import original
+from flexref.uncompiled import uncompiled
 
 __all__ = ["BlockMask", "Lists", "and_masks", "create_block_mask", "create_mask", "noop_mask", "not_mask", "or_masks"]
 __all__ += ["Walk", "shift_mask", "xor_masks"]
@@ -49,6 +50,7 @@ class BlockMask(TorchForm):
         """How many positions there are, allowed or not."""
         return math.prod(self.shape)
 
+    @uncompiled
     def sparsity(self) -> float:
         """Percent of the positions that lie in blocks not listed; 0 if there are no positions."""
         grid, listed = self.grid, 0
@@ -59,10 +61,12 @@ class BlockMask(TorchForm):
             listed += int((height * width).sum())
         return 100.0 * (self.numel() - listed) / self.numel() if self.numel() else 0.0
 
+    @uncompiled
     def to_dense(self) -> Tensor:
         """Which blocks are listed: int32 (B, H, rows, columns)."""
         return (self._kinds() > 0).to(torch.int32)
 
+    @uncompiled
     def listed(self) -> tuple[Tensor, Tensor]:
         """Which positions lie in listed blocks, and which in blocks listed full: two bool (B, H, q_len, kv_len)."""
         q, kv = (torch.arange(n, device=self.device) for n in self.seq_lengths)
@@ -73,6 +77,7 @@ class BlockMask(TorchForm):
         kinds = expand(self._lists, 0, self.grid.flat_rows, self.grid.columns)
         return kinds.reshape(self.B, self.H, self.grid.rows, self.grid.columns)
 
+    @uncompiled
     def to_string(self, grid_size: int | tuple[int, int] = (20, 20), limit: int = 4) -> str:
         """A picture: full blocks dark, partial ones light; at most grid_size cells (-1: one a block), `limit` heads."""
         return block_print.picture(self, grid_size, limit)
@@ -85,6 +90,7 @@ class BlockMask(TorchForm):
     def __repr__(self) -> str:
         return block_print.description(self)
 
+    @uncompiled
     def __eq__(self, other: object) -> bool:
         """The same lists, lengths and block sizes, and the same mask_mod."""
         if not isinstance(other, BlockMask):
@@ -98,6 +104,7 @@ class BlockMask(TorchForm):
     def __hash__(self) -> int:
         return hash(self.grid)
 
+    @uncompiled
     def validate(self, level: str = "structure") -> None:
         """Raise ValueError if the lists are not sound: in range, ascending, each once, not both full and partial.
 
@@ -112,6 +119,7 @@ class BlockMask(TorchForm):
         if found:
             raise ValueError(f"BlockMask of shape {self.shape}: {found}")
 
+    @uncompiled
     def __getitem__(self, index) -> BlockMask:
         """By batch, head and row of query blocks; each an int (which keeps its dimension), a slice, or ints.
 
@@ -132,6 +140,7 @@ class BlockMask(TorchForm):
         flat = ((b[:, None] * grid.H + h)[:, :, None] * grid.rows + row).reshape(-1)
         return self._make(new, take_rows(self._lists, flat), mod, self.separate_full_blocks, self._agrees)
 
+    @uncompiled
     def rows(self, start: int, stop: int) -> BlockMask:
         """For the queries start..stop alone, wherever blocks begin: index 0 stands for `start`, as in decoding."""
         start, stop = checked_index("start", start), checked_index("stop", stop)
@@ -140,6 +149,7 @@ class BlockMask(TorchForm):
         mod = View(self._agreeing().mask_mod, q_idx=Offset(start))
         return _built(type(self), mod, self.grid._replace(q_len=stop - start), self.device, self.separate_full_blocks)
 
+    @uncompiled
     def resize(self, q_len: int, kv_len: int) -> BlockMask:
         """For other lengths, asking mask_mod anew. Lists that say less than mask_mod can be cropped, but not grown."""
         grid = self.grid._replace(q_len=checked_size("q_len", q_len), kv_len=checked_size("kv_len", kv_len))
@@ -164,14 +174,17 @@ class BlockMask(TorchForm):
             vars(self)["_agrees"] = True
         return self
 
+    @uncompiled
     def __and__(self, other: BlockMask) -> BlockMask:
         """Positions that both allow."""
         return self._combined("and", and_masks, other) if isinstance(other, BlockMask) else NotImplemented
 
+    @uncompiled
     def __or__(self, other: BlockMask) -> BlockMask:
         """Positions that one of them allows."""
         return self._combined("or", or_masks, other) if isinstance(other, BlockMask) else NotImplemented
 
+    @uncompiled
     def __invert__(self) -> BlockMask:
         """Positions that are not allowed."""
         mod = not_mask(self._agreeing().mask_mod)
@@ -190,12 +203,14 @@ class BlockMask(TorchForm):
         lists = algebra.combine(op, [(mask._lists, mask.grid) for mask in masks], mod, grid, self.device)
         return self._make(grid, lists, mod, True, True)
 
+    @uncompiled
     def to(self, device: torch.device | str) -> BlockMask:
         """On `device`: the lists, and the tensors that mask_mod holds or captures in its closure."""
         lists = Lists(*(x.to(device) for x in self._lists))
         return self._make(self.grid, lists, moved(self.mask_mod, device), self.separate_full_blocks, self._agrees)
 
 
+@uncompiled
 def create_block_mask(
     mask_mod: Callable,
     B: int | None,

@@ -32,7 +32,12 @@ _TRANSFORMS = {
     "Jvp": "torch.func.jvp; it has no forward-mode derivative: use torch.autograd.grad or backward() instead",
     "Functionalize": "torch.func.functionalize; call it outside",
 }
-_MODES = {"FakeTensorMode", "FunctionalTensorMode"}
+_NO_MEMORY = "tensors made there have no memory; call it outside"
+_MODES = {
+    "FakeTensorMode": _NO_MEMORY,
+    "FunctionalTensorMode": _NO_MEMORY,
+    "ProxyTorchDispatchMode": "make_fx and torch.export record operations of PyTorch, and its kernels are none; call it outside",
+}
 
 
 def check_memory(name: str, x: Tensor) -> None:
@@ -64,7 +69,9 @@ def check_memory(name: str, x: Tensor) -> None:
 
 
 def check_surroundings() -> None:
-    """Raise TypeError where PyTorch would make even our own tensors without memory: inside its transforms and fake modes."""
+    """Raise TypeError where what runs has no memory or is recorded: inside PyTorch's transforms, fake modes and tracers."""
+    if torch._C._is_tracing():
+        raise TypeError("flexref cannot run inside torch.jit.trace, which records operations of PyTorch alone; call it outside.")
     transform = _functorch.peek_interpreter_stack()
     if transform is not None:
         raise TypeError(f"flexref cannot run inside {_TRANSFORMS[transform.key().name]}.")
@@ -72,10 +79,9 @@ def check_surroundings() -> None:
         from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
         for mode in _get_current_dispatch_mode_stack():
-            if type(mode).__name__ in _MODES:
-                raise TypeError(
-                    f"flexref cannot run inside {type(mode).__name__}: tensors made there have no memory; call it outside."
-                )
+            name = type(mode).__name__
+            if name in _MODES:
+                raise TypeError(f"flexref cannot run inside {name}: {_MODES[name]}.")
 
 
 def plain(x: Tensor) -> Tensor:

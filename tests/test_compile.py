@@ -1,0 +1,147 @@
+"""torch.compile around flexref: one clean graph break, nothing of ours compiled, the same results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import flexref
+from flexref import BlockMask, create_block_mask, create_mask, explain, flex_attention
+from flexref.variants import masks
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def soft_cap(score, b, h, q_idx, kv_idx):
+    return 20 * torch.tanh(score / 20)
+
+
+def causal(b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx
+
+
+def inputs(length=40):
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, length, 8, generator=random).requires_grad_() for _ in range(3)]
+
+
+def model(query, key, value):
+    return (flex_attention(query * 2, key, value, soft_cap, mask_mod=causal) + 1).square().sum()
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, None, True])
+def test_a_model_that_calls_us_has_one_graph_break_with_our_reason(backend, dynamic, fresh):
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    for length in (40, 41, 64):
+        q, k, v = inputs(length)
+        want = torch.autograd.grad(model(q, k, v), (q, k, v))
+        got = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y)
+    (reason,) = fresh["graph_break"]
+    assert "flexref's flex_attention compiles kernels of its own and runs between two graphs" in reason
+
+
+def test_a_model_under_no_grad_and_checkpointing(fresh):
+    def checkpointed(q, k, v):
+        return torch.utils.checkpoint.checkpoint(model, q, k, v, use_reentrant=False)
+
+    q, k, v = inputs()
+    compiled = torch.compile(checkpointed, backend="aot_eager")
+    for x, y in zip(*(torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (compiled, model)), strict=True):
+        torch.testing.assert_close(x, y)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(q, k, v), model(q, k, v))
+
+
+@pytest.mark.parametrize("call", ["flex_attention", "explain", "create_block_mask", "create_mask"])
+def test_a_function_of_ours_given_to_torch_compile_runs_as_it_is(call, fresh):
+    q, k, v = inputs()
+    calls = {
+        "flex_attention": (flex_attention, (q, k, v, soft_cap)),
+        "explain": (explain, (q, k, v, soft_cap)),
+        "create_block_mask": (create_block_mask, (causal, 1, 1, 300, 300, "cpu")),
+        "create_mask": (create_mask, (causal, 1, 1, 30, 30, "cpu")),
+    }
+    fn, arguments = calls[call]
+    got, want = torch.compile(fn, backend="eager")(*arguments), fn(*arguments)
+    same = torch.equal(got, want) if isinstance(got, torch.Tensor) else str(got) == str(want)
+    assert same and not fresh["graph_break"] and not fresh["stats"].get("unique_graphs")
+    if isinstance(got, BlockMask):
+        assert got == want and got.sparsity() == want.sparsity() > 0
+
+
+def test_another_number_of_a_mod_is_another_call(fresh):
+    q, k, v = inputs()
+    numbers = {"cap": 3.0}
+
+    def capped(q, k, v):
+        return flex_attention(q, k, v, lambda s, b, h, i, j: numbers["cap"] * torch.tanh(s / numbers["cap"])) * 2
+
+    compiled = torch.compile(capped, backend="eager")
+    for cap in (3.0, 0.5, 3.0):
+        numbers["cap"] = cap
+        assert torch.equal(compiled(q, k, v), capped(q, k, v))
+
+
+def test_methods_of_a_block_mask_break_cleanly(fresh):
+    def masked(q):
+        x = q * 2
+        mask = create_block_mask(causal, 1, 1, 64, 64, "cpu", 16)
+        mask = (mask & create_block_mask(masks.sliding_window(20), 1, 1, 64, 64, "cpu", 16)).rows(3, 40).to("cpu")
+        return x + mask.sparsity()
+
+    q = torch.randn(3)
+    torch.testing.assert_close(torch.compile(masked, backend="eager")(q), masked(q))
+    assert all("flexref's" in reason for reason in fresh["graph_break"])
+
+
+def test_fullgraph_says_what_to_do(fresh):
+    with pytest.raises(Exception, match="(?s)flexref's flex_attention compiles kernels .*leave out fullgraph=True"):
+        torch.compile(model, backend="eager", fullgraph=True)(*inputs())
+
+
+def test_importing_and_calling_us_imports_no_compiler():
+    code = """
+    import sys, torch, flexref
+    q = torch.randn(1, 1, 16, 8)
+    flexref.flex_attention(q, q, q, mask_mod=lambda b, h, i, j: i >= j, backend="reference")
+    assert not [name for name in sys.modules if name.startswith("torch._dynamo")]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_other_tracers_are_told_in_one_sentence():
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = (x.detach() for x in inputs())
+    for how in ("real", "fake"):
+        with pytest.raises(TypeError, match="flexref cannot run inside"):
+            make_fx(lambda q, k, v: flex_attention(q, k, v), tracing_mode=how)(q, k, v)
+    with pytest.raises(TypeError, match="flexref cannot run inside torch.jit.trace"):
+        torch.jit.trace(Exported(), (q, k, v))
+    with pytest.raises(Exception, match="flexref"):
+        torch.export.export(Exported(), (q, k, v))
+    with FlopCounterMode(display=False):
+        assert torch.equal(flex_attention(q, k, v), flex_attention(q, k, v))
+
+
+class Exported(torch.nn.Module):
+    def forward(self, q, k, v):
+        return flexref.flex_attention(q, k, v)
