@@ -134,7 +134,8 @@ def evaluate(call: Call) -> tuple[dict[str, Tensor], Positions]:
     for name, grad in zip(call.wanted, grads, strict=True):
         results[f"grad {name}"] = torch.zeros_like(given[name]) if grad is None else grad.to(given[name].dtype)
     none = torch.zeros(0, dtype=torch.int64)
-    return results, seen[-1] if seen else Positions(torch.zeros(0, dtype=acc), (none,) * 4)
+    nowhere = none, none, none, none
+    return results, seen[-1] if seen else Positions(torch.zeros(0, dtype=acc), nowhere)
 
 
 def _flat(x: Tensor) -> Tensor:

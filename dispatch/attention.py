@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from flexref.backend import find_backends, said
 from flexref.block_mask import BlockMask
 from flexref.dispatch.choose import Choice, choose, describe, refusal
 from flexref.dispatch.hardware import Hardware, probe
-from flexref.dispatch.options import checked_options, wanted_backend
+from flexref.dispatch.options import checked_options, ignored, wanted_backend
 from flexref.problem import Problem, Tensors
 from flexref.program.mods import traced_mod
 from flexref.recent import Recent
@@ -40,6 +40,59 @@ class AuxOutput(NamedTuple):
     max_scores: Tensor | None = None
 
 
+@overload
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    kernel_options: Mapping[str, Any] | None = None,
+    *,
+    return_aux: None = None,
+    mask_mod: Callable | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Tensor: ...
+
+@overload
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: Literal[True],
+    kernel_options: Mapping[str, Any] | None = None,
+    return_aux: None = None,
+    mask_mod: Callable | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+
+@overload
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    kernel_options: Mapping[str, Any] | None = None,
+    *,
+    return_aux: AuxRequest,
+    mask_mod: Callable | None = None,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> tuple[Tensor, AuxOutput]: ...
 @uncompiled
 def flex_attention(
     query: Tensor,
@@ -50,7 +103,7 @@ def flex_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    kernel_options: dict[str, object] | None = None,
+    kernel_options: Mapping[str, Any] | None = None,
     *,
     return_aux: AuxRequest | Any = None,
     mask_mod: Callable | None = None,
@@ -64,15 +117,22 @@ def flex_attention(
     (B, Hq, L, Ev) in query's dtype; `docs/semantics.md` says what each element is.
 
     Args:
+        query, key, value: see above.
         score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score.
-        block_mask: a BlockMask of flexref or of torch; or `mask_mod`: mask_mod(b, h, q_idx, kv_idx) -> bool, whose
-            BlockMask is kept until what it reads changes (a write through NumPy or `.data` is not seen).
+        block_mask: a BlockMask of flexref or of torch; or `mask_mod`.
+        mask_mod: mask_mod(b, h, q_idx, kv_idx) -> bool, whose BlockMask is kept until what it reads changes.
         scale: the factor of the scores, 1/sqrt(E) by default.
         enable_gqa: allow fewer key and value heads than query heads.
-        return_lse: also return the natural log-sum-exp (B, Hq, L). `return_aux` asks for lse and max_scores.
-        kernel_options: tuning options of an engine; an unknown one is an error.
+        return_lse: also return the natural log-sum-exp (B, Hq, L).
+        return_aux: AuxRequest(lse=, max_scores=); returns (out, AuxOutput) then.
+        kernel_options: tuning options of an engine, or torch's; an unknown one is an error.
         backend: "auto" (or FLEXREF_BACKEND), or an engine's name, which then runs it or raises.
         deterministic: the same bits at every call, or Unsupported.
+
+    Example: a soft cap and a causal mask, each a function of one position:
+
+        flex_attention(query, key, value, lambda score, b, h, q, kv: 20 * torch.tanh(score / 20),
+                       mask_mod=lambda b, h, q, kv: q >= kv)
 
     Raises TypeError, ValueError, IndexError (a captured index out of range), TraceError and Unsupported.
     Signature and meaning follow torch.nn.attention.flex_attention.
@@ -80,20 +140,8 @@ def flex_attention(
     if return_lse and return_aux is not None:
         raise ValueError("return_lse and return_aux are both given; use return_aux=AuxRequest(lse=True) alone.")
     lse, max_scores = _wanted_aux(return_aux)
-    problem, tensors, wanted = _prepared(
-        query,
-        key,
-        value,
-        score_mod,
-        block_mask,
-        scale,
-        enable_gqa,
-        kernel_options,
-        mask_mod,
-        backend,
-        deterministic,
-        max_scores,
-    )
+    settings = scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
+    problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
     name = _choice(problem, wanted).name
     if name is None:
         raise refusal(problem, _choice(problem, wanted))
@@ -128,7 +176,7 @@ def explain(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    kernel_options: dict[str, object] | None = None,
+    kernel_options: Mapping[str, Any] | None = None,
     *,
     return_aux: AuxRequest | Any = None,
     mask_mod: Callable | None = None,
@@ -137,23 +185,12 @@ def explain(
 ) -> Explanation:
     """What flex_attention would do with the same arguments, without doing it. Raises what it would, but Unsupported."""
     _, max_scores = _wanted_aux(return_aux)
-    problem, tensors, wanted = _prepared(
-        query,
-        key,
-        value,
-        score_mod,
-        block_mask,
-        scale,
-        enable_gqa,
-        kernel_options,
-        mask_mod,
-        backend,
-        deterministic,
-        max_scores,
-    )
+    settings = scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
+    problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
     choice = _choice(problem, wanted)
     chosen = find_backends().get(choice.name or "")
-    notes = said(chosen, "notes", problem) if chosen is not None and hasattr(chosen, "notes") else ()
+    notes = list(said(chosen, "notes", problem)) if chosen is not None and hasattr(chosen, "notes") else []
+    notes += ignored(kernel_options or {}, choice.name, getattr(chosen, "options", {}))
     acc = problem.acc_dtype
     given = (("score_mod", tensors.score_mod, "score"), ("mask_mod", tensors.mask_mod, "mask"))
     mods = tuple((name, traced_mod(mod, kind, acc).why) for name, mod, kind in given if mod is not None)
@@ -169,18 +206,7 @@ def _wanted_aux(request) -> tuple[bool, bool]:
 
 
 def _prepared(
-    query,
-    key,
-    value,
-    score_mod,
-    block_mask,
-    scale,
-    enable_gqa,
-    kernel_options,
-    mask_mod,
-    backend,
-    deterministic,
-    max_scores,
+    query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
 ) -> tuple[Problem, Tensors, str]:
     wanted = wanted_backend(backend, kernel_options, os.environ)
     options = checked_options(kernel_options, find_backends()) if kernel_options else None

@@ -22,6 +22,8 @@ def checked_options(options: Mapping[str, object] | None, backends: Mapping[str,
     if not isinstance(options, Mapping):
         raise TypeError(f"kernel_options must be a dict or None, got {type(options).__name__}.")
     ours = {name for backend in backends.values() for name in backend.options}
+    if "BACKEND" in options:
+        _torch_backend(options)
     kept = {}
     for name, value in options.items():
         bare = str(name).removeprefix("fwd_").removeprefix("bwd_")
@@ -42,9 +44,20 @@ def wanted_backend(backend: str, options: Mapping[str, object] | None, environme
     if backend != "auto":
         return backend
     if options and "BACKEND" in options:
-        named = str(options["BACKEND"])
-        if named not in _BACKENDS:
-            raise ValueError(f"kernel_options BACKEND={named!r} is not available here; known: {', '.join(_BACKENDS)}.")
-        if _BACKENDS[named] != "auto":
-            return _BACKENDS[named]
+        named = _torch_backend(options)
+        if named != "auto":
+            return named
     return environment.get("FLEXREF_BACKEND", "") or "auto"
+
+
+def _torch_backend(options: Mapping[str, object]) -> str:
+    named = str(options["BACKEND"])
+    if named not in _BACKENDS:
+        raise ValueError(f"kernel_options BACKEND={named!r} is not available here; known: {', '.join(_BACKENDS)}.")
+    return _BACKENDS[named]
+
+
+def ignored(options: Mapping[str, object], chosen: str | None, known: Mapping[str, str]) -> list[str]:
+    """What `explain` says of options that mean nothing to the engine that was chosen."""
+    names = [str(name) for name in options if name not in known and name != "BACKEND"]
+    return [f"kernel_options {', '.join(names)} mean nothing to {chosen or 'any engine here'}"] if names else []

@@ -8,23 +8,43 @@ from flexref.block_mask import (
     noop_mask,
     or_masks,
 )
+from flexref.block_nested import create_nested_block_mask
 from flexref.dispatch import AuxOutput, AuxRequest, explain, flex_attention
 from flexref.errors import FlexrefError, TraceError, Unsupported
+from flexref.torch_names import (
+    _DEFAULT_SPARSE_BLOCK_SIZE as _DEFAULT_SPARSE_BLOCK_SIZE,
+)
+from flexref.torch_names import (
+    FlexKernelOptions,
+    unknown,
+)
+from flexref.torch_names import (
+    _mask_mod_signature as _mask_mod_signature,
+)
+from flexref.torch_names import (
+    _score_mod_signature as _score_mod_signature,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "AuxOutput",
     "AuxRequest",
     "BlockMask",
+    "FlexKernelOptions",
     "FlexrefError",
     "TraceError",
     "Unsupported",
     "and_masks",
     "create_block_mask",
     "create_mask",
+    "create_nested_block_mask",
     "explain",
     "flex_attention",
     "noop_mask",
     "or_masks",
     "variants",
 ]
+
+
+def __getattr__(name: str):
+    unknown(name)

@@ -224,9 +224,10 @@ def create_block_mask(
     compute_dq_write_order: bool = False,
     dq_kv_order: bool = True,
 ) -> BlockMask:
-    """The BlockMask of mask_mod(b, h, q_idx, kv_idx) -> bool; B or H None, or 1, stand for any batch or head.
+    """The BlockMask of mask_mod(b, h, q_idx, kv_idx) -> bool for Q_LEN queries and KV_LEN keys; B or H None, or 1, stand for any.
 
-    device None: the accelerator, or else the CPU. A block is full if mask_mod allows every position of it that there is.
+    BLOCK_SIZE: an int, or (q_block, kv_block). separate_full_blocks: list full blocks apart. device None: the accelerator, or
+    else the CPU. A block is full if mask_mod allows every position of it that there is.
     _compile and the two last are torch's and change nothing. Raises TypeError or ValueError for wrong arguments and for a
     mask_mod of another arity or result, IndexError for one that reads a captured tensor out of range.
     """

@@ -26,6 +26,8 @@ def create_nested_block_mask(
     count from where that sequence begins. The mask is for the tokens as they lie in memory: B is None or 1, and
     flex_attention takes `nt.values()[None]`, (1, H, sum of S, E), as query, key and value, and gives out in the same order:
     `torch.nested.nested_tensor_from_jagged(out[0], nt.offsets(), jagged_dim=2)` is nested again. kv_nt None: as q_nt.
+    BLOCK_SIZE as for create_block_mask; _compile changes nothing.
+
     Raises TypeError for what is no jagged nested tensor, ValueError for tensors that do not fit together.
     """
     check_mask_mod(mask_mod)

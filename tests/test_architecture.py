@@ -28,6 +28,7 @@ BELOW = {
     "reference": "one_float",
     "tensor_gate": "",
     "uncompiled": "",
+    "torch_names": "",
     "contents": "",
     "cache_folder": "",
     "arrays": "tensor_gate",

@@ -110,7 +110,7 @@ def test_captured_halves_are_converted_with_gradients():
     got = results(lambda t, s, h, i, j: s + t.float()[h, j], t)[2]
     t2 = table(2, L, dtype=torch.bfloat16)
     want = results(lambda t, s, h, i, j: s + t[h, j], t2)[2]
-    assert got.dtype == torch.bfloat16
+    assert got is not None and got.dtype == torch.bfloat16
     torch.testing.assert_close(got, want)
 
 

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import flexref
 from flexref import BlockMask, create_block_mask, create_mask, explain, flex_attention
@@ -59,7 +60,7 @@ def test_a_model_that_calls_us_has_one_graph_break_with_our_reason(backend, dyna
 
 def test_a_model_under_no_grad_and_checkpointing(fresh):
     def checkpointed(q, k, v):
-        return torch.utils.checkpoint.checkpoint(model, q, k, v, use_reentrant=False)
+        return checkpoint(model, q, k, v, use_reentrant=False)
 
     q, k, v = inputs()
     compiled = torch.compile(checkpointed, backend="aot_eager")

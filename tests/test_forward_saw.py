@@ -110,5 +110,6 @@ def test_gradients_of_captured_tensors_add_up_in_the_accumulation_type(dtype):
     for captured, backend in ((dtype, "reference"), (torch.float64, "numba_cpu")):
         t = torch.ones(2, dtype=captured, requires_grad=True)
         flex_attention(q, k, v, lambda s, b, h, i, j, t=t: s * t[h], backend=backend).double().square().sum().backward()
+        assert t.grad is not None
         grads.append(t.grad.double())
     torch.testing.assert_close(grads[0], grads[1], rtol=max(2 * torch.finfo(dtype).eps, 1e-5), atol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from flexref import flex_attention
 
@@ -101,7 +102,7 @@ def test_ways_of_going_back_agree(backend):
 
     def checkpointed(reentrant):
         def around(fn, *tensors):
-            return torch.utils.checkpoint.checkpoint(fn, *tensors, use_reentrant=reentrant)
+            return checkpoint(fn, *tensors, use_reentrant=reentrant)
 
         return around
 

@@ -65,7 +65,7 @@ def default_argument(value):
     def get(x=None, y=[value]):  # noqa: B006
         return y[0]
 
-    return get, lambda v: get.__defaults__[1].__setitem__(0, v)
+    return get, lambda v: get.__defaults__[1].__setitem__(0, v)  # type: ignore[index]
 
 
 @way
@@ -73,7 +73,7 @@ def keyword_default(value):
     def get(*, y=value):
         return y
 
-    return get, lambda v: get.__kwdefaults__.update(y=v)
+    return get, lambda v: get.__kwdefaults__.update(y=v)  # type: ignore[union-attr]
 
 
 GLOBAL = 0.0
@@ -109,7 +109,7 @@ def a_lazy_module(value):
 @way
 def a_monkeypatched_torch(value):
     torch.a_number_of_ours = value  # type: ignore[attr-defined]
-    return (lambda: torch.a_number_of_ours), lambda v: setattr(torch, "a_number_of_ours", v)
+    return (lambda: torch.a_number_of_ours), lambda v: setattr(torch, "a_number_of_ours", v)  # type: ignore[attr-defined]
 
 
 @way
@@ -362,7 +362,7 @@ def a_slot(value):
 def a_descriptor(value):
     class Field:
         def __get__(self, instance, owner=None):
-            return self.value
+            return vars(self)["value"]
 
     class Has:
         kept = Field()
@@ -461,7 +461,7 @@ def a_numpy_array(value):
 def an_attribute_of_a_tensor(value):
     x = torch.zeros(3)
     x.value = value  # type: ignore[attr-defined]
-    return (lambda: x.value), lambda v: setattr(x, "value", v)
+    return (lambda: vars(x)["value"]), lambda v: setattr(x, "value", v)
 
 
 @way

@@ -17,7 +17,7 @@ def clamp(x: Term, low=None, high=None, **_) -> Term:
     return x if high is None else where(x > high, high, x)
 
 
-def hardtanh(x: Term, low=-1, high=1, **_) -> Term:
+def hardtanh(x: Term, low: float = -1, high: float = 1, **_) -> Term:
     """A clamp whose derivative at a bound is 0."""
     x = where(x <= low, low, x)
     return where(x >= high, high, x)

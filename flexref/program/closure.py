@@ -115,7 +115,7 @@ class _Walk(ObjectState):
             return kind, self.visit(x.func, depth)
         if kind in steady.GETTERS:
             return kind, self.visit(x.__reduce__()[1], depth)
-        if isinstance(x, np.generic) and kind.__module__ == "numpy" and kind is not np.object_:
+        if issubclass(kind, np.generic) and kind.__module__ == "numpy" and kind is not np.object_:
             return kind, x.tobytes()
         if isinstance(x, type):
             return self.cls(x, depth, as_value=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,20 @@ _NOT_USED = frozenset(
     __static_attributes__ __firstlineno__ __init_subclass__ __class_getitem__ __reduce__ __reduce_ex__ __getstate__ __setstate__
     __getnewargs__ __annotate__ __annotate_func__ __annotations_cache__ __replace__ __signature__""".split()
 )
+
+
+_CONTENTS: dict[type, Callable[[Any], Any]] = {
+    dict: lambda x: list(dict.items(x)),
+    list: lambda x: list(list.__iter__(x)),
+    tuple: lambda x: list(tuple.__iter__(x)),
+    set: lambda x: list(set.__iter__(x)),
+    frozenset: lambda x: list(frozenset.__iter__(x)),
+    int: int.__pos__,
+    float: float.__pos__,
+    complex: complex.__pos__,
+    str: str.__str__,
+    bytes: lambda x: b"".join((x,)),
+}
 
 
 class NotUnderstood(Exception):
@@ -91,12 +106,10 @@ class ObjectState:
                     parts.append((name, self.visit(vars(base)[name].__get__(x), depth)))
                 except AttributeError:
                     parts.append((name, "absent"))
-        for base, look in ((dict, dict.items), (list, list.__iter__), (tuple, tuple.__iter__), (set, set.__iter__)):
-            if isinstance(x, base):
-                parts.append(self.visit(list(look(x)), depth))
-        for base in (int, float, str, bytes, complex):
-            if isinstance(x, base):
-                parts.append(self.visit(getattr(base, "__pos__", base.__str__)(x) if base is not bytes else bytes(x), depth))
+        # as the container that it is, past any method of the class's own
+        for base, held in _CONTENTS.items():
+            if issubclass(kind, base):
+                parts.append(self.visit(held(x), depth))
         return tuple(parts)
 
 

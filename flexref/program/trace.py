@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -190,9 +190,9 @@ class _Recorder(TorchFunctionMode):
             self.aliased |= name == "detach" or value.ref.position == first.ref.position
         return value
 
-    def in_place(self, name: str, args: tuple, kwargs: dict) -> Value:
+    def in_place(self, name: str, args: tuple[Any, ...], kwargs: dict) -> Any:
         """`score += x`: the mod's own value becomes another, under every name that it has."""
-        value = self.recorded(getattr(Tensor, name), args, kwargs)
+        value: Any = self.recorded(getattr(Tensor, name), args, kwargs)
         if not torch.can_cast(value.dtype, args[0].dtype) or self.aliased:
             raise mistakes.in_place(self.fn, self.kind, name, value.dtype, args[0].dtype)
         args[0].ref = Ref(self.builder.cast(value.ref, type_of(args[0].dtype)))
