@@ -43,4 +43,6 @@ class OneFloat(TorchFunctionMode):
 
     def raised(self, x: object) -> object:
         """A whole number or a number of Python's as the one float."""
-        return torch.as_tensor(x, dtype=self.acc) if isinstance(x, (Tensor, int, float)) else x
+        if isinstance(x, Tensor):
+            return x.to(self.acc)
+        return torch.tensor(x, dtype=self.acc, device="cpu") if isinstance(x, (int, float)) else x

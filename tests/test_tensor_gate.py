@@ -122,8 +122,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "uninitialised": (lambda x: torch.nn.UninitializedParameter(), "is a UninitializedParameter, .*run it once"),
 }
 # what a mod cannot even index is refused while it is traced
-UNREADABLE = dict.fromkeys(("csr", "csc", "bsr", "quantised", "jagged"), "reads the captured tensor .* capture a dense tensor")
-UNREADABLE |= {"uninitialised": "uninitialized parameter", "nested": "doesn't support sizes"}
+UNREADABLE = {"quantised": "reads the captured tensor .* capture a dense tensor", "uninitialised": "uninitialized parameter"}
 PLACES = ("query", "key", "value", "score_mod", "mask_mod")
 
 

@@ -131,6 +131,8 @@ class _Walk(ObjectState):
         return self.object(x, kind, depth)
 
     def tensor(self, x: Tensor, depth: int) -> tuple:
+        if x.is_nested:
+            raise NotUnderstood("it reaches a nested tensor")
         self.leaves.tensors.append(x)
         state = self.visit(vars(x), depth) if vars(x) else None
         steps = x.stride() if x.layout is torch.strided and not x.is_nested else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexref.program.closure import Leaves, leaves_of
 from flexref.program.compiled import original
 from flexref.program.ir import Graph, Node, differentiable_loads
-from flexref.program.recipes import Made, Recipe, learned_roots, make
+from flexref.program.recipes import Made, Recipe, make, roots_of
 from flexref.program.trace import Traced, trace
 
 _LIMIT = 512
@@ -41,8 +41,9 @@ class Mod(NamedTuple):
     @property
     def learned(self) -> tuple[Tensor, ...]:
         """The roots that a gradient goes back to, by way of a tensor that is made of them in the mod."""
-        made = (self.recipes[i] for i in differentiable_loads(self.graph) if isinstance(self.recipes[i], Made))
-        return tuple(self.roots[place] for place in sorted(frozenset().union(*map(learned_roots, made))))
+        recipes = (self.recipes[i] for i in differentiable_loads(self.graph))
+        places = frozenset().union(*(roots_of(recipe, learned=True) for recipe in recipes if isinstance(recipe, Made)))
+        return tuple(self.roots[place] for place in sorted(places))
 
 
 def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:

@@ -48,14 +48,14 @@ def make(recipe: Recipe, roots: Sequence[Tensor]) -> Tensor:
     return result if recipe.item is None else result[recipe.item]
 
 
-def learned_roots(recipe: Recipe) -> frozenset[int]:
-    """The places of the roots that a gradient goes back to."""
+def roots_of(recipe: Recipe, learned: bool = False) -> frozenset[int]:
+    """The places of the roots that it is made of; `learned`: only of those that a gradient goes back to."""
     if isinstance(recipe, Root):
         return frozenset((recipe.place,))
-    if not recipe.with_grad or recipe.func is Tensor.detach:
-        return frozenset()
     found: set[int] = set()
-    mapped((recipe.args, tuple(recipe.kwargs.values())), lambda x: isinstance(x, (Root, Made)) and found.update(learned_roots(x)))
+    if not learned or recipe.with_grad and recipe.func is not Tensor.detach:
+        parts = recipe.args, tuple(recipe.kwargs.values())
+        mapped(parts, lambda x: isinstance(x, (Root, Made)) and found.update(roots_of(x, learned)))
     return frozenset(found)
 
 

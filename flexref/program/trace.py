@@ -23,7 +23,7 @@ from flexref.program.compiled import nothing_compiled
 from flexref.program.interpret import dtype_of
 from flexref.program.ir import INDICES, Graph
 from flexref.program.partial import Partial
-from flexref.program.recipes import Kitchen, Recipe, Root, belongs_to_no_position, pick
+from flexref.program.recipes import Kitchen, Recipe, belongs_to_no_position, pick, roots_of
 from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
 
 SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
@@ -241,6 +241,5 @@ class _Recorder(TorchFunctionMode):
         found = places.name_of(tensor, self.fn)
         if found != places.NAMELESS or id(tensor) not in self.kitchen.made:
             return found
-        how = self.kitchen.made[id(tensor)][1]
-        used = [self.kitchen.roots[x.place] for x in flatten(how.args) if isinstance(x, Root)]
+        used = [self.kitchen.roots[place] for place in sorted(roots_of(self.kitchen.made[id(tensor)][1]))]
         return f"made of {' and '.join(self.name(x) for x in used)}" if used else "made inside the mod"
