@@ -33,7 +33,7 @@ BELOW = {
     "cache_folder": "",
     "arrays": "tensor_gate",
     "argument_shapes": "",
-    "program": "errors recent",
+    "program": "errors recent tensor_gate",
     "block": "errors recent program tensor_gate uncompiled",
     "variants": "errors program block",
     "problem": "errors program block",

@@ -17,6 +17,10 @@ METADATA = frozenset(
     """size dim numel stride ndimension nelement __len__ is_floating_point is_complex storage_offset is_contiguous
     element_size get_device""".split()
 )
+_STATIC = frozenset(
+    """ndim itemsize nbytes requires_grad is_leaf is_cpu is_cuda is_meta is_sparse is_nested is_quantized is_signed()
+    is_same_size() is_tensor() name""".split()
+)
 _DECISIONS = frozenset(
     """__bool__ __int__ __float__ __index__ __complex__ item tolist numpy __array__ __contains__ nonzero""".split()
 )
@@ -62,6 +66,14 @@ def refuse(fn: Callable, kind: str, name: str, args: tuple, of_tensors: bool) ->
             f"calls {_spoken(name)}",
             "write `x = x + y` for `x += y`, and return a new value",
         )
+
+
+def refuse_number(fn: Callable, kind: str, func: Callable, name: str) -> None:
+    """Raise TraceError for a number or None that is made of captured tensors, unless it is a matter of dtype and shape alone."""
+    asked = getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else f"{name}()"
+    if asked not in _STATIC and name not in METADATA:
+        what = f"asks a captured tensor for {asked}"
+        raise _broken(fn, kind, "decision", what, "read it before the call and capture the number")
 
 
 def refuse_own_backward(fn: Callable, kind: str) -> None:

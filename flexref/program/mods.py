@@ -16,6 +16,7 @@ from flexref.program.compiled import original
 from flexref.program.ir import Graph, Node, differentiable_loads
 from flexref.program.recipes import Made, Recipe, make, roots_of
 from flexref.program.trace import Traced, trace
+from flexref.tensor_gate import check_memory
 
 _LIMIT = 512
 _traced: OrderedDict[tuple, tuple[Traced, tuple[int, ...]]] = OrderedDict()
@@ -70,6 +71,9 @@ def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
                 _traced.popitem(last=False)
     traced, places = known
     roots = tuple([leaves.tensors[i] for i in places])
+    if any(isinstance(recipe, Made) for recipe in traced.recipes):
+        for root in roots:
+            check_memory("a captured tensor", root)
     captured = tuple([make(recipe, roots) for recipe in traced.recipes])
     return Mod(traced.graph, captured, traced.names, traced.scalars, key, None, roots, traced.recipes)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexref.program.tape import Value, flatten
+from flexref.tensor_gate import check_memory
 
 
 class Root(NamedTuple):
@@ -77,6 +78,7 @@ class Kitchen:
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """`func` on captured tensors and other arguments that belong to no position."""
+        mapped((args, tuple(kwargs.values())), lambda x: isinstance(x, Tensor) and check_memory("a captured tensor", x))
         result = func(*args, **kwargs)
 
         def written(x):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 # code of these packages is not walked; the state of their objects is
-_PACKAGES = frozenset({"torch", "flexref", "collections", "_collections_abc", "abc", "enum", "typing", "dataclasses", "numbers"})
+_PACKAGES = frozenset({"torch", "flexref", "collections", "_collections_abc", "abc", "enum", "typing", "numbers"})
 # Python's classes that add nothing but methods to what their contents say
 BUILTIN_BASES = frozenset(
     {object, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, Generic, Protocol}

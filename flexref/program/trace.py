@@ -177,7 +177,12 @@ class _Recorder(TorchFunctionMode):
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype), device="cpu")
         leaves = list(flatten((args, tuple(kwargs.values()))))
         if of_tensors and (name == "__get__" or not any(isinstance(x, Tensor) and x.dim() == 0 for x in leaves)):
-            return self.kitchen.run(func, *args, **kwargs)
+            result = self.kitchen.run(func, *args, **kwargs)
+            of_none = not any(isinstance(x, Tensor) for x in leaves)
+            if not of_none and (result is None or isinstance(result, (bool, int, float, complex))):
+                # what a tensor holds, where it lies, what was done to it: a kept program would not see it change
+                mistakes.refuse_number(self.fn, self.kind, func, name)
+            return result
         if name == "__get__":
             return func(*args, **kwargs)
         args = map_leaves(args, self.element)
