@@ -18,6 +18,7 @@ from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
 from flexref.errors import TraceError
 from flexref.mod_objects import name_of
 from flexref.program.compiled import nothing_compiled, original
+from flexref.tensor_gate import check_surroundings
 from flexref.uncompiled import uncompiled
 
 # positions asked at once: a few temporaries of int64 still fit into a cache
@@ -28,6 +29,7 @@ _WORTH_TRACING = 1 << 20
 
 def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
     """The lists of `mask_mod`: exact, ascending, no block listed that has no allowed position."""
+    check_surroundings()
     with torch.no_grad():
         program = None
         if grid.B * grid.H * grid.q_len * grid.kv_len > _WORTH_TRACING:

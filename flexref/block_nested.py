@@ -9,8 +9,10 @@ from torch import Tensor
 from flexref.block_arguments import check_mask_mod
 from flexref.block_mask import BlockMask, create_block_mask
 from flexref.mask_mods import Packed
+from flexref.uncompiled import uncompiled
 
 
+@uncompiled
 def create_nested_block_mask(
     mask_mod: Callable,
     B: int | None,

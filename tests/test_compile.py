@@ -109,7 +109,7 @@ def test_methods_of_a_block_mask_break_cleanly(fresh):
 
     q = torch.randn(3)
     torch.testing.assert_close(torch.compile(masked, backend="eager")(q), masked(q))
-    assert all("flexref's" in reason for reason in fresh["graph_break"])
+    assert fresh["graph_break"] and all("flexref's" in reason for reason in fresh["graph_break"])
 
 
 def test_fullgraph_says_what_to_do(fresh):
@@ -141,6 +141,19 @@ def test_other_tracers_are_told_in_one_sentence():
         torch.export.export(Exported(), (q, k, v))
     with FlopCounterMode(display=False):
         assert torch.equal(flex_attention(q, k, v), flex_attention(q, k, v))
+
+
+def test_a_block_mask_is_not_built_where_it_would_be_recorded_or_has_no_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mask = create_block_mask(causal, 1, 1, 64, 64, "cpu", 16)
+    builds = (lambda: create_block_mask(causal, 1, 1, 64, 64, "cpu", 16), lambda: mask.rows(3, 40), lambda: mask.resize(32, 32))
+    for build in builds:
+        with FakeTensorMode(), pytest.raises(TypeError, match="flexref cannot run inside FakeTensorMode"):
+            build()
+        with pytest.raises(TypeError, match="flexref cannot run inside ProxyTorchDispatchMode"):
+            make_fx(lambda x: x * build().sparsity())(torch.ones(2))  # noqa: B023
 
 
 class Exported(torch.nn.Module):

@@ -17,3 +17,10 @@ def of_a_user(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     assert_type(out, Tensor)
     assert_type(aux, AuxOutput)
     return out
+
+
+def of_a_wrapper(query: Tensor, key: Tensor, value: Tensor, lse: bool, aux: AuxRequest | None) -> None:
+    x: Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput] = flex_attention(query, key, value, return_lse=lse)
+    x = flex_attention(query, key, value, return_aux=aux)
+    x = flex_attention(query, key, value, None, None, None, False, True)
+    print(x)
