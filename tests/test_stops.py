@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-import flexref
+from flexref import flex_attention
 from flexref.errors import TraceError
+from flexref.program.trace import trace
 
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
@@ -37,7 +39,7 @@ MODS = {
 @pytest.mark.parametrize("name", MODS)
 def test_gradients_are_those_of_pytorch(name):
     grads = []
-    engine = lambda x, mod: flexref.flex_attention(x, k, v, mod, backend="numba_cpu")  # noqa: E731
+    engine = lambda x, mod: flex_attention(x, k, v, mod, backend="numba_cpu")  # noqa: E731
     for dtype, run in ((torch.float32, engine), (torch.float64, dense)):
         table = torch.linspace(-1, 1, 18, dtype=dtype).reshape(9, 2).requires_grad_()
         x = q.to(dtype).requires_grad_() if dtype == torch.float64 else q.clone().requires_grad_()
@@ -62,4 +64,39 @@ class Own(torch.autograd.Function):
 
 def test_a_function_with_its_own_backward_is_refused():
     with pytest.raises(TraceError, match=r"autograd.Function, at .*test_stops.py:.*detach"):
-        flexref.flex_attention(q, k, v, lambda s, b, h, i, j: Own.apply(s), backend="numba_cpu")
+        flex_attention(q, k, v, lambda s, b, h, i, j: Own.apply(s), backend="numba_cpu")
+
+
+class ReturnsItsArgument(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[override]
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return -grad
+
+
+class Around(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query):  # type: ignore[override]
+        # a mod that was traced before would not be traced here
+        return flex_attention(query, query, query, lambda s, b, h, i, j: s * 1.37 + i)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad
+
+
+def test_a_function_that_returns_its_argument_is_refused_too():
+    with pytest.raises(TraceError, match="calls a torch.autograd.Function"):
+        trace(lambda s, b, h, i, j: ReturnsItsArgument.apply(s), "score")
+
+
+def test_a_function_of_the_callers_around_a_call_is_no_part_of_the_mod():
+    query = torch.randn(1, 1, 12, 4, requires_grad=True)
+    assert Around.apply(query).shape == query.shape
+    out = checkpoint(lambda x: flex_attention(x, x, x, lambda s, b, h, i, j: s * 1.41 + i), query, use_reentrant=True)
+    assert out is not None
+    out.sum().backward()
+    assert query.grad is not None

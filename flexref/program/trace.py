@@ -162,7 +162,7 @@ class _Recorder(TorchFunctionMode):
     def recorded(self, func, args: tuple, kwargs: dict):
         """The result of one call that the mod makes."""
         name = getattr(func, "__name__", "")
-        mistakes.refuse_own_backward(self.fn, self.kind)
+        mistakes.refuse_own_backward(self.fn, self.kind, _Recorder.call.__code__)
         if name == "__get__" and getattr(func, "__self__", None) is Tensor.data:
             return self.recorded(Tensor.detach, args, kwargs)
         if name == "__getitem__" and self.is_captured(args[0]):
