@@ -93,6 +93,7 @@ def flex_attention(
     backend: str = "auto",
     deterministic: bool = False,
 ) -> tuple[Tensor, AuxOutput]: ...
+
 @overload
 def flex_attention(
     query: Tensor,
@@ -110,6 +111,7 @@ def flex_attention(
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]: ...
+
 @uncompiled
 def flex_attention(
     query: Tensor,

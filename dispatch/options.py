@@ -6,12 +6,10 @@ from collections.abc import Mapping
 
 from flexref.backend import Backend
 from flexref.dispatch.choose import nearest
+from flexref.torch_names import FlexKernelOptions
 
 # torch's documented tuning names are accepted so that code can move over; an engine that has no use for one ignores it
-TORCH_NAMES = frozenset(
-    """num_warps num_stages BLOCK_M BLOCK_N BLOCK_M1 BLOCK_N1 BLOCK_M2 BLOCK_N2 PRESCALE_QK ROWS_GUARANTEED_SAFE
-    BLOCKS_ARE_CONTIGUOUS WRITE_DQ FORCE_USE_FLEX_ATTENTION USE_TMA kpack matrix_instr_nonkdim waves_per_eu""".split()
-)
+TORCH_NAMES = frozenset(FlexKernelOptions.__annotations__)
 _BACKENDS = {"AUTO": "auto", "TRITON": "triton", "TRITON_DECODE": "triton"}
 
 
@@ -29,8 +27,8 @@ def checked_options(options: Mapping[str, object] | None, backends: Mapping[str,
         bare = str(name).removeprefix("fwd_").removeprefix("bwd_")
         if name in ours:
             kept[name] = value
-        elif bare not in TORCH_NAMES and name != "BACKEND":
-            known = sorted([*ours, *TORCH_NAMES, "BACKEND"])
+        elif bare not in TORCH_NAMES:
+            known = sorted([*ours, *TORCH_NAMES])
             raise ValueError(
                 f"kernel_options has the unknown option {name!r}{nearest(str(name), known)}; known: {', '.join(known)}."
             )

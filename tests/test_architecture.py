@@ -40,7 +40,7 @@ BELOW = {
     "backend": "errors problem program block",
     "arguments": "errors recent argument_shapes tensor_gate arrays contents problem program block",
     "autograd": "errors recent backend problem program block",
-    "dispatch": "errors recent uncompiled arrays autograd arguments backend problem program block",
+    "dispatch": "errors recent uncompiled torch_names arrays autograd arguments backend problem program block",
     "backends": "errors cache_folder index_error index_proof recent problem program block",
     "conformance": "errors recent reference autograd arguments backend problem program block variants",
 }

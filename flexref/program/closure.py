@@ -33,6 +33,8 @@ _CONSTANTS = frozenset(
 _ITEMS = frozenset({tuple, list, set, frozenset, deque})
 _MAPPINGS = frozenset({dict, OrderedDict, types.MappingProxyType})
 _TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
+
 class Leaves:
     """The tensors and numbers reached from a function, in a fixed order, and the key.
 
@@ -135,7 +137,7 @@ class _Walk(ObjectState):
             raise NotUnderstood("it reaches a nested tensor")
         self.leaves.tensors.append(x)
         state = self.visit(vars(x), depth) if vars(x) else None
-        steps = x.stride() if x.layout is torch.strided and not x.is_nested else None
+        steps = x.stride() if x.layout is torch.strided else None
         return type(x), x.dtype, x.shape, x.device, x.layout, steps, x.requires_grad, x.is_leaf, state
 
     def items(self, x: Any, depth: int) -> tuple:

@@ -15,13 +15,12 @@ from flexref.program import steady
 # of a class: what only makes an object of it, or a text, or speaks of the class itself
 _NOT_USED = frozenset(
     """__init__ __new__ __post_init__ __repr__ __str__ __format__ __doc__ __module__ __qualname__ __annotations__ __dict__
-    __weakref__     __dataclass_fields__ __dataclass_params__ __match_args__
-    __abstractmethods__ _abc_impl __orig_bases__ __parameters__
-    __static_attributes__ __firstlineno__ __init_subclass__ __class_getitem__ __reduce__ __reduce_ex__ __getstate__ __setstate__
-    __getnewargs__ __annotate__ __annotate_func__ __annotations_cache__ __replace__ __signature__""".split()
+    __weakref__ __dataclass_fields__ __dataclass_params__ __match_args__ __abstractmethods__ _abc_impl __orig_bases__
+    __parameters__ __static_attributes__ __firstlineno__ __init_subclass__ __class_getitem__ __reduce__ __reduce_ex__
+    __getstate__ __setstate__ __getnewargs__ __annotate__ __annotate_func__ __annotations_cache__ __replace__
+    __signature__""".split()
 )
-
-
+# what a container or a number holds, past any method of a class of one's own
 _CONTENTS: dict[type, Callable[[Any], Any]] = {
     dict: lambda x: list(dict.items(x)),
     list: lambda x: list(list.__iter__(x)),
@@ -106,7 +105,6 @@ class ObjectState:
                     parts.append((name, self.visit(vars(base)[name].__get__(x), depth)))
                 except AttributeError:
                     parts.append((name, "absent"))
-        # as the container that it is, past any method of the class's own
         for base, held in _CONTENTS.items():
             if issubclass(kind, base):
                 parts.append(self.visit(held(x), depth))

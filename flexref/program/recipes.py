@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexref.program.tape import Value, flatten
 from flexref.tensor_gate import check_memory
 
 
@@ -108,16 +107,11 @@ class Picked(NamedTuple):
 
 
 def pick(kitchen: Kitchen, tensor: Tensor, before: tuple, items: tuple) -> Picked:
-    """`tensor[*before, *items]` as far as indices pick elements: slices, None and `...` become views.
-
-    Raises IndexError for too many indices.
-    """
+    """`tensor[*before, *items]` as far as indices pick elements: slices, None and `...` become views."""
     if Ellipsis in [x for x in items if not isinstance(x, Tensor)]:
         at = [i for i, x in enumerate(items) if x is Ellipsis][0]
         used = sum(x is not None and x is not Ellipsis for x in items)
         items = (*items[:at], *(slice(None),) * (tensor.dim() - len(before) - used), *items[at + 1 :])
-    if sum(x is not None for x in items) + len(before) > tensor.dim():
-        raise IndexError("too many indices")
     picks = [not (x is None or isinstance(x, slice)) for x in items]
     whole = (slice(None),) * len(before)
     still = tuple(slice(None) if p else x for x, p in zip(items, picks, strict=True))
@@ -128,9 +122,3 @@ def pick(kitchen: Kitchen, tensor: Tensor, before: tuple, items: tuple) -> Picke
     if dims != list(range(len(before), len(chosen))):
         tensor = kitchen.run(torch.movedim, tensor, dims, list(range(len(before), len(chosen))))
     return Picked(tensor, chosen)
-
-
-def belongs_to_no_position(args: Any, kwargs: dict[str, Any], partial: type) -> bool:
-    """Whether none of the arguments is a traced value, or picked with one."""
-    return not any(isinstance(x, (Value, partial)) for x in flatten((args, tuple(kwargs.values()))))
-

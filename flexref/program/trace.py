@@ -23,7 +23,7 @@ from flexref.program.compiled import nothing_compiled
 from flexref.program.interpret import dtype_of
 from flexref.program.ir import INDICES, Graph
 from flexref.program.partial import Partial
-from flexref.program.recipes import Kitchen, Recipe, belongs_to_no_position, pick, roots_of
+from flexref.program.recipes import Kitchen, Recipe, pick, roots_of
 from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
 
 SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
@@ -169,17 +169,17 @@ class _Recorder(TorchFunctionMode):
             return self.index(args[0], (), args[1])
         if isinstance(args[0] if args else None, Value) and (plain := mistakes.without_in_place(name)):
             return self.in_place(plain, args, kwargs)
-        of_tensors = belongs_to_no_position(args, kwargs, Partial)
+        leaves = list(flatten((args, tuple(kwargs.values()))))
+        of_tensors = not any(isinstance(x, (Value, Partial)) for x in leaves)
         mistakes.refuse(self.fn, self.kind, name, args, of_tensors)
         if name in mistakes.METADATA or name == "__set__":
             return func(*args, **kwargs)
         if name == "new_tensor":
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype), device="cpu")
-        leaves = list(flatten((args, tuple(kwargs.values()))))
-        if of_tensors and (name == "__get__" or not any(isinstance(x, Tensor) and x.dim() == 0 for x in leaves)):
+        dims = [x.dim() for x in leaves if isinstance(x, Tensor)]
+        if of_tensors and (name == "__get__" or 0 not in dims):
             result = self.kitchen.run(func, *args, **kwargs)
-            of_none = not any(isinstance(x, Tensor) for x in leaves)
-            if not of_none and (result is None or isinstance(result, (bool, int, float, complex))):
+            if dims and (result is None or isinstance(result, (bool, int, float, complex))):
                 # what a tensor holds, where it lies, what was done to it: a kept program would not see it change
                 mistakes.refuse_number(self.fn, self.kind, func, name)
             return result
