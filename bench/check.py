@@ -1,6 +1,9 @@
 """The comparison that a backend must pass before it is timed."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,8 @@ def complaint(variant: Variant, inputs: Inputs, backend: str, gradients: bool) -
     be timed, and sampled rows of the very call that is timed.
     """
     try:
-        _small(variant.name, inputs[0], backend, gradients)
+        attention = partial(flexref.flex_attention, return_lse=True, backend=backend)
+        small(variants(inputs[0].shape[1], SMALL)[variant.name], inputs[0], attention, gradients)
         mask = block_mask(variant, inputs[0].shape[2])
         out = flexref.flex_attention(*inputs, variant.score_mod, mask, backend=backend)
     except (AssertionError, flexref.FlexrefError, ValueError, TypeError, RuntimeError) as error:
@@ -32,17 +36,19 @@ def complaint(variant: Variant, inputs: Inputs, backend: str, gradients: bool) -
     return judge(case, out).complaint
 
 
-def block_mask(variant: Variant, length: int) -> flexref.BlockMask | None:
+def block_mask(variant: Variant, length: int, device: torch.device | str = "cpu") -> flexref.BlockMask | None:
     """The variant's BlockMask for L = S = `length`."""
     if variant.mask_mod is None:
         return None
-    return flexref.create_block_mask(variant.mask_mod, None, None, length, length, device="cpu")
+    return flexref.create_block_mask(variant.mask_mod, None, None, length, length, device=device)
 
 
-def _small(name: str, like: Tensor, backend: str, gradients: bool) -> None:
-    """Raises AssertionError that names the worst element."""
-    heads, width = like.shape[1], like.shape[3]
-    variant = variants(heads, SMALL)[name]
+def small(variant: Variant, like: Tensor, attention: Callable, gradients: bool) -> None:
+    """Every element of L = S = SMALL, for which `variant` was made, in the heads, width, dtype and device of `like`.
+
+    `attention(query, key, value, score_mod, block_mask)` gives out and lse. Raises AssertionError that names the worst element.
+    """
+    heads, width, device = like.shape[1], like.shape[3], like.device
     generator = torch.Generator().manual_seed(3)
     query, key, value, grad_out = (
         torch.randn(1, heads, SMALL, width, generator=generator).to(like.dtype) for _ in range(4)
@@ -57,14 +63,13 @@ def _small(name: str, like: Tensor, backend: str, gradients: bool) -> None:
         wanted=INPUTS if gradients else (),
         grad_out=grad_out if gradients else None,
     )
-    leaves = tuple(x.clone().requires_grad_(gradients) for x in (query, key, value))
-    arguments = variant.score_mod, block_mask(variant, SMALL)
-    out, lse = flexref.flex_attention(leaves[0], leaves[1], leaves[2], *arguments, return_lse=True, backend=backend)
+    leaves = tuple(x.to(device, copy=True).requires_grad_(gradients) for x in (query, key, value))
+    out, lse = attention(*leaves, variant.score_mod, block_mask(variant, SMALL, device))
     results = {"out": out, "lse": lse}
     if gradients:
-        out.backward(grad_out)
+        out.backward(grad_out.to(device))
         results |= {f"grad {name}": leaf.grad for name, leaf in zip(INPUTS, leaves, strict=True)}
     expected = expectations(call)
     for what, result in results.items():
         assert result is not None, f"{what}: no gradient"
-        expected[what].judge(result)
+        expected[what].judge(result.cpu())

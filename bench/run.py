@@ -301,9 +301,9 @@ def _on_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, only: 
     from bench import gpu
 
     engine = "triton" if options.backend == "auto" else options.backend
-    bench = gpu.GpuBench(engine, quick=options.quick, autotuned=options.autotuned, minutes=options.minutes)
+    bench = gpu.GpuBench((engine,), quick=options.quick, autotuned=options.autotuned, minutes=options.minutes, path=options.json)
     bench.say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
-    return gpu.run(bench, only, options.json)
+    return gpu.run(bench, only)
 
 
 def main(argv: list[str] | None = None) -> int:

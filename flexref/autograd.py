@@ -82,6 +82,9 @@ def _gradients(ctx, grad_out, grad_lse) -> list:
     if lse_alone:
         # only lse counts: what values hold, and the out that they made, must not come in as 0 times NaN
         grad_out, out, value = (torch.zeros_like(x) for x in (out, out, value))
+    if grad_out.stride(3) != 1:
+        # of out.sum() it is one number for all places: wide loads would be off, and kernels made for that layout alone
+        grad_out = grad_out.contiguous()
     tensors = replace(rest, query=query, key=key, value=value)
     output = Output(out, lse, None, tuple(others[: ctx.saved_count]), ctx.kept)
     gradients = ctx.backend.backward(ctx.problem, tensors, output, grad_out, grad_lse)

@@ -18,7 +18,12 @@ class CacheWarning(UserWarning):
 
 def folder(backend: str) -> Path | None:
     """A backend's folder in FLEXREF_CACHE or the user's cache, made private; None, with a warning, if it cannot be trusted."""
-    return _checked(os.environ.get("FLEXREF_CACHE") or _default(), backend)
+    return _checked(str(home()), backend)
+
+
+def home() -> Path:
+    """FLEXREF_CACHE, or the user's cache: where the folders of all backends are."""
+    return Path(os.environ.get("FLEXREF_CACHE") or _default()).expanduser()
 
 
 def own_folder(backend: str) -> Path:
@@ -49,14 +54,17 @@ def keep(path: Path, content: bytes) -> bool:
 
 
 def _default() -> str:
-    from platformdirs import user_cache_dir
-
+    try:
+        from platformdirs import user_cache_dir
+    except ImportError:
+        # a checkout that was not installed may lack it, and needs no more of it than what Linux says
+        return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flexref")
     return user_cache_dir("flexref", appauthor=False)
 
 
 @cache
 def _checked(home: str, backend: str) -> Path | None:
-    path = Path(home).expanduser() / backend
+    path = Path(home) / backend
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.mkdir(exist_ok=True, mode=0o700)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bench import check, gpu, gpu_cases, run
 from bench.cases import TARGETS, Target, variants
 from bench.clock import Timing, interleaved, ratio
 from bench.fresh import in_new_process
+from bench.gpu_rivals import FA2, FLEX
 
 
 def test_a_target_is_met_on_its_side():
@@ -109,48 +111,68 @@ def _gpu_bench(**how) -> gpu.GpuBench:
         call()
         return float(next(ticks))
 
-    return gpu.GpuBench("reference", device="cpu", rounds=2, clock=clock, say=lambda text: None, **how)
+    return gpu.GpuBench(("reference",), device="cpu", rounds=2, clock=clock, say=lambda text: None, **how)
 
 
 def test_a_gpu_case_is_compared_then_timed_beside_its_rivals(monkeypatch):
     bench = _gpu_bench()
-    monkeypatch.setattr(gpu, "torch_flex", None)
-    monkeypatch.setattr(gpu, "rivals", lambda bench, variant, inputs: {gpu.FLEX: lambda: sum(inputs)})
+    monkeypatch.setattr(gpu, "rivals", lambda bench, variant, inputs: {FLEX: lambda: sum(inputs)})
     for variant in gpu_cases.variants(2, 64, "cpu").values():
         gpu.one_case(bench, torch.float32, (1, 2, 64, 16), variant)
     assert [case["what"] for case in bench.cases] == ["forward", "backward"] * 7
-    assert all(case["TFLOP/s"] > 0 and case["ratios"][gpu.FLEX]["median"] > 0 for case in bench.cases)
+    assert all(case["TFLOP/s"] > 0 and case["ratios"][FLEX]["median"] > 0 for case in bench.cases)
     broken = gpu_cases.variants(2, 64, "cpu")["causal"]
-    monkeypatch.setattr(gpu.flexref, "flex_attention", lambda q, *rest, **named: torch.zeros_like(q))
+    monkeypatch.setattr(gpu.flexref, "flex_attention", lambda q, *rest, **named: (q * 0, q[..., 0] * 0))
     gpu.one_case(bench, torch.float32, (1, 2, 64, 16), broken)
     assert "over the error budget" in bench.cases[-1]["refused"]
 
 
+def test_gradients_are_judged_before_a_gpu_case_is_timed(monkeypatch):
+    bench = _gpu_bench(emulated=True)
+    reference = gpu.find_backends()["reference"]
+
+    class Off:
+        name, options = "reference", {}
+        unsupported, forward = staticmethod(reference.unsupported), staticmethod(reference.forward)
+
+        @staticmethod
+        def backward(*arguments):
+            found = reference.backward(*arguments)
+            return replace(found, key=found.key * 1.01)
+
+    monkeypatch.setattr(bench, "backend", lambda engine: Off)
+    gpu.one_case(bench, torch.float32, (1, 2, 64, 16), gpu_cases.variants(2, 64, "cpu")["full"])
+    assert [case["refused"] for case in bench.cases if "grad key" in case["refused"]], bench.cases
+
+
 def test_gpu_targets_come_from_what_was_timed(monkeypatch):
     bench = _gpu_bench()
-    bench.engine = "triton"
-    assert all(r["value"] is None and not r["met"] for r in gpu.targets(bench).values())
-    sides = {"ours": [1.0, 1.0], gpu.FLEX: [1.5, 1.5], gpu.FA2: [0.9, 0.9]}
+    bench.engines = ("triton", "cupy")
+    assert all(r["value"] is None and not r["met"] for r in gpu.targets(bench, "triton").values())
+    sides = {"triton": [1.0, 1.0], "cupy": [0.5, 0.5], FLEX: [1.5, 1.5], FA2: [0.9, 0.9]}
     where = {"variant": "full", "dtype": "bfloat16", "D": 128, "S": 8192, "B": 2}
-    bench.record("forward", where, sides, 400.0, "TFLOP/s")
-    bench.record("decode", where | {"bytes": 1 << 30}, {"ours": [0.5, 0.5]}, 2.0, "TB/s")
-    found = gpu.targets(bench)
+    for engine in bench.engines:
+        bench.record(engine, "forward", where, sides, 400.0, "TFLOP/s")
+    for size, copy in ((1 << 30, 0.4), (1 << 20, 4.0)):
+        bench.record("triton", "decode", where | {"bytes": size}, {"triton": [0.5, 0.5], "copy": [copy, copy]}, 2.0, "TB/s")
+    found = gpu.targets(bench, "triton")
     assert found["forward / torch flex: geometric mean"]["value"] == 1.5
     assert found["forward / FlashAttention-2: geometric mean"]["met"] is False
-    assert found["decode, 256 MB and more"]["value"] == 4.0 and found["backward / torch flex: geometric mean"]["value"] is None
-    bench.engine = "cupy"
-    met = gpu.targets(bench)["forward, D 128, full"]
-    assert abs(met.pop("value") - 400) < 1e-6 and met == {"asked": 300.0, "unit": "TFLOP/s", "met": True, "cases": 1}
+    assert found["decode / copy: geometric mean"]["value"] == 0.8, "only what no cache holds counts"
+    assert found["backward / torch flex: geometric mean"]["value"] is None
+    met = gpu.targets(bench, "cupy")["forward / FlashAttention-2: geometric mean"]
+    assert abs(met.pop("value") - 1.8) < 1e-6 and met == {"asked": 0.9, "unit": "x", "met": True, "cases": 1}
 
 
 def test_decoding_is_compared_and_counted(tmp_path):
     bench = _gpu_bench()
-    gpu.decoding(bench, torch.float32, sizes=(1 << 20,), lengths=(256,))
+    gpu.decoding(bench, torch.float32, sizes=(2 << 20,), lengths=(256,))
     assert [case["what"] for case in bench.cases] == ["decode"] and bench.cases[0]["TB/s"] > 0
     bench.minutes = 0
     gpu.training(bench, (torch.float32,), (64,), (64,))
     assert len(bench.cases) == 1, "no case is begun after the time is up"
-    assert gpu.run(bench, (), tmp_path / "gpu.json") == 0
+    bench.path = tmp_path / "gpu.json"
+    assert gpu.run(bench, ()) == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["cases"] == bench.cases
 
 

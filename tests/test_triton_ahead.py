@@ -15,6 +15,8 @@ from flexref.backends.triton.tiles import TABLE
 HERE = Path(__file__).resolve().parent
 # bytes of shared memory that a block may have
 SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
+# bytes that a thread may set aside before the walk begins; a loop that spilled would need hundreds
+ASIDE = 32
 DOTS = {"80": "mma\\.sync", "90": "wgmma\\.mma_async", "100": "tcgen05\\.mma"}
 
 
@@ -36,7 +38,7 @@ def test_default_tiles_do_not_spill(arch, dim):
         assert report["shared"] <= SHARED[arch], where
         assert 0 < report["registers"] <= 255, where
         if report["kernel"] in TABLE:
-            assert report["stack"] == 0, where
+            assert report["stack"] <= ASIDE, where
         if report["kernel"] in ("forward", "backward_kv", "backward_q"):
             assert report[DOTS[arch]] > 0, where
         if report["kernel"] == "forward" and arch != "80":
@@ -59,6 +61,14 @@ def test_wide_types_compile(dtype):
         assert dtype == "float64" or counts or report["mma\\.sync"] == 0, report
 
 
-def test_numbers_and_lengths_do_not_make_builds():
-    found = ahead("builds")
+def test_a_read_that_depends_on_the_score_compiles():
+    # the pipeliner of Triton 3.6 and 3.7 cannot do it with more than one stage
+    found = ahead("report", "90", "bfloat16", "64", "read by score")
+    kernels = {report["kernel"] for report in found if report["tile"][3] == 1}
+    assert kernels >= {"forward", "backward_kv", "backward_q", "decode"}, found
+
+
+@pytest.mark.parametrize("how", ["masked", "whole"])
+def test_numbers_and_lengths_do_not_make_builds(how):
+    found = ahead("builds", how)
     assert found.pop("calls") == 5 and found == dict.fromkeys(found, 1), found

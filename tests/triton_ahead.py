@@ -1,6 +1,7 @@
 """Run by test_triton_ahead.py in processes of their own: what the Triton engine's kernels become for GPUs that are not here.
 
-`triton_ahead.py report ARCH DTYPE DIM [KIND ...]` prints a JSON list of reports; `triton_ahead.py builds` counts builds.
+`triton_ahead.py report ARCH DTYPE DIM [KIND ...]` prints a JSON list of reports; `triton_ahead.py builds masked|whole` counts
+builds, with a block mask or without.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ LENGTH = 1024
 
 
 def problem(kind: str, dtype: torch.dtype, dim: int, q_len: int = LENGTH, gradients: bool = True):
-    """Plain; soft-cap with ALiBi, causal; or a mask of documents."""
+    """Plain; soft-cap with ALiBi, causal; a mask of documents; or a table that is read at the score."""
     query, key, value = (
         torch.empty(1, 2, n, dim, dtype=dtype, requires_grad=gradients) for n in (q_len, LENGTH, LENGTH)
     )
@@ -27,7 +28,11 @@ def problem(kind: str, dtype: torch.dtype, dim: int, q_len: int = LENGTH, gradie
     def capped(score, b, h, q_idx, kv_idx):
         return 20 * torch.tanh((score + slope[h] * (kv_idx - q_idx)) / 20)
 
+    def looked_up(score, b, h, q_idx, kv_idx):
+        return score + slope[(score * 3).long().clamp(0, 1)]
+
     mods = {
+        "read by score": (looked_up, None),
         "plain": (None, None),
         "soft-cap, ALiBi": (capped, lambda b, h, q_idx, kv_idx: q_idx >= kv_idx),
         "documents": (None, lambda b, h, q_idx, kv_idx: document[q_idx] == document[kv_idx]),
@@ -53,7 +58,7 @@ def report(arch: str, dtype: str, dim: str, *kinds: str) -> list[dict]:
     return found
 
 
-def builds() -> dict[str, int]:
+def builds(how: str) -> dict[str, int]:
     """How many builds many values of everything that is an argument make, for one mod in each pass."""
     made: dict[str, set[str]] = {}
     texts = 0
@@ -68,7 +73,7 @@ def builds() -> dict[str, int]:
         def near(b, h, q_idx, kv_idx, window=window):
             return (q_idx - kv_idx).abs() < window
 
-        mask = create_block_mask(near, None, None, q_len, kv_len, device="cpu")
+        mask = create_block_mask(near, None, None, q_len, kv_len, device="cpu") if how == "masked" else None
         for r in compiled(*prepare(query, key, value, capped, mask, scale=0.1 + 0.01 * i), 90, backward=True):
             made.setdefault(r.kernel, set()).add(r.build)
         texts += 1

@@ -33,8 +33,8 @@ def unavailable() -> list[str]:
     reasons = []
     if find_spec("cupy") is None:
         reasons.append("cupy is not installed: pip install 'flexref[cupy]', or cupy-cuda13x or cupy-cuda12x for your CUDA")
-    if find_spec("cuda") is None or find_spec("cuda.core") is None:
-        reasons.append("cuda.core is not installed: pip install cuda-core cuda-bindings nvidia-cuda-nvrtc")
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        reasons.append("cuda.bindings is not installed: pip install cuda-bindings nvidia-cuda-nvrtc")
     if not torch.cuda.is_available():
         reasons.append("torch sees no CUDA GPU: it needs one, its driver, and a CUDA build of torch")
     elif torch.cuda.get_device_capability()[0] < 8:

@@ -44,17 +44,19 @@ class Machine:
         with self._lock:
             if key not in self._kernels:
                 path = files.kept(f"{name}_{key}.cubin", lambda: nvrtc.compiled(text, name, self.architecture)[0])
-                self._kernels[key] = _Kernel(self.index, cupy.RawModule(path=str(path)).get_function(name))
+                self._kernels[key] = _Kernel(self.index, str(path), name)
             return self._kernels[key]
 
 
 class _Kernel:
     """A loaded kernel. A launch waits for nothing: parameters are copied by the driver before it returns."""
 
-    def __init__(self, index: int, kernel: Any):
-        self.index, self.kernel = index, kernel
+    def __init__(self, index: int, path: str, name: str):
+        self.index = index
+        # a module belongs to the device that is current when it is loaded
         with cupy.cuda.Device(index):
-            self.function = kernel.kernel
+            self.kernel = cupy.RawModule(path=path).get_function(name)
+            self.function = self.kernel.kernel
         self.shared = _SHARED_BY_DEFAULT
 
     def __call__(self, blocks: int, shared: int, words: np.ndarray) -> None:

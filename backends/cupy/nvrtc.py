@@ -20,15 +20,20 @@ def compiled(text: str, name: str, arch: str, options: tuple[str, ...] = ()) -> 
     program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), f"{name}.cu".encode(), 0, [], []))
     given = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", *(option.encode() for option in options)]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
-    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+    log = _writable(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
     _checked(nvrtc.nvrtcGetProgramLog(program, log))
     said = log.decode(errors="replace").strip(" \0\n")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise CompileError.of(text, said)
-    cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    cubin = _writable(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return cubin, said
+
+
+def _writable(size: int) -> bytes:
+    """Memory that NVRTC fills. Never one byte or none: Python has one object for each of those, and shares it."""
+    return bytes(max(size, 2))
 
 
 def version() -> str:

@@ -31,6 +31,10 @@ def unavailable() -> list[str]:
         reasons.append("torch sees no CUDA GPU: run on a machine with one and install torch built for CUDA")
     elif simulating():
         reasons.append("numba.cuda is loaded as a simulator in this process; use another one for the GPU")
+    elif not reasons:
+        from flexref.backends.numba_cuda.compiler import import_error
+
+        reasons = [why for why in (import_error(),) if why]
     return reasons
 
 

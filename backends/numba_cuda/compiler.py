@@ -4,8 +4,14 @@ from __future__ import annotations
 import hashlib
 import linecache
 import threading
+import warnings
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from flexref.cache_folder import folder, keep
 
@@ -28,6 +34,30 @@ def function_of(source: str, name: str) -> Callable:
             exec(compile(source, path, "exec"), namespace)
             _functions[key] = namespace[name]
         return _functions[key]
+
+
+@cache
+def numba_cuda() -> Any:
+    """Numba's CUDA package. Raises what its import raises."""
+    if not hasattr(np, "row_stack"):
+        # NumPy 2.5 dropped the old name, which numba-cuda 0.30.4 still reads when it is imported
+        np.row_stack = np.vstack  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return import_module("numba.cuda")
+
+
+@cache
+def import_error() -> str:
+    """What keeps Numba's CUDA package from being imported; "" if nothing does."""
+    try:
+        numba_cuda()
+        # what the machine code of every kernel is made and launched with
+        names = import_module("cuda.core")
+    except Exception as error:
+        return f"numba-cuda cannot be imported ({type(error).__name__}: {error}): pip install 'flexref[numba-cuda]'"
+    lacking = [name for name in ("LaunchConfig", "Linker", "ObjectCode", "Stream", "launch") if not hasattr(names, name)]
+    return f"cuda.core has no {', '.join(lacking)}: pip install 'cuda-core>=0.6'" if lacking else ""
 
 
 def _written(source: str, name: str) -> str:

@@ -26,6 +26,7 @@ from flexref.backends.numba_cuda.geometry import LEAST_SHARED, PLAIN_SHARED, Chi
 from flexref.cache_folder import keep
 
 _lock = threading.RLock()
+_of_thread = threading.local()
 _kernels: dict[tuple, object] = {}
 
 
@@ -58,9 +59,18 @@ class Gpu:
         core = _core()
         like = next(x for x in arguments if isinstance(x, Tensor))
         with torch.cuda.device(like.device):
+            _enter(like.device.index or 0)
             kernel = _kernel(source, name, tuple(map(kind_of, arguments)), geometry.threads, shared, like.device.index or 0)
             stream = core.Stream.from_handle(torch.cuda.current_stream(like.device).cuda_stream)
             core.launch(stream, _configuration(grid, geometry.threads, shared), kernel, *packed(arguments))
+
+
+def _enter(index: int) -> None:
+    """Give this thread the device's context: cuda.core asks for one, and PyTorch's own threads begin without."""
+    entered = _of_thread.__dict__.setdefault("entered", set())
+    if index not in entered:
+        _core().Device(index).set_current()
+        entered.add(index)
 
 
 @lru_cache(maxsize=1024)
@@ -109,7 +119,6 @@ def _kernel(source: str, name: str, kinds: tuple[str, ...], threads: int, shared
 
 def _loaded(source: str, name: str, kinds: tuple[str, ...], threads: int, shared: int, index: int):
     driver: Any = import_module("cuda.bindings.driver")
-    _core().Device(index).set_current()
     built = built_kernel(source, name, kinds, threads, torch.cuda.get_device_capability(index))
     kernel = _core().ObjectCode.from_cubin(built.code).get_kernel(built.entry)
     if shared > PLAIN_SHARED:
@@ -147,7 +156,7 @@ def built_kernel(source: str, name: str, kinds: tuple[str, ...], threads: int, c
 
 def ptx_of(source: str, name: str, kinds: tuple[str, ...], threads: int, cc: tuple[int, int]) -> str:
     """The kernel in PTX for a compute capability; no GPU is needed."""
-    cuda: Any = import_module("numba.cuda")
+    cuda = compiler.numba_cuda()
     types = cuda.types
 
     def numba_type(kind: str):

@@ -17,6 +17,8 @@ from flexref.index_proof import proved_in_range
 from flexref.problem import Problem, Tensors
 
 _REACH = 2**31 - 1
+# a launch without the tensor memory accelerator
+UNTILED: dict[str, Any] = {"k_tiles": None, "v_tiles": None, "TMA": False}
 # no tile has more rows
 _TALLEST = 256
 # blocks up to this are walked to their end, so that a length makes no build of its own
@@ -105,7 +107,7 @@ class Call:
         p = self.problem
         bytes_a_head = max(1, p.kv_len * (p.head_dim + p.value_dim) * p.dtype.itemsize)
         group = max(1, heads // p.kv_heads)
-        return max(1, min(replicas, _SECTION_BYTES // bytes_a_head * group))
+        return min(replicas, max(1, _SECTION_BYTES // bytes_a_head) * group)
 
     def sizes(self) -> dict[str, Any]:
         """What is known when a kernel is compiled, beside its tile."""
@@ -137,19 +139,23 @@ class Call:
                     launch(function, tile)
                     return
                 except Exception as error:
-                    following = smaller(tile)
-                    if type(error).__name__ != "OutOfResources" or following is None:
+                    following = _following(tile, error)
+                    if following is None:
                         raise
                     tile = _fitted[key] = following
 
     def twice(self, function: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         """The launch, and one that does again, with care, what did not come out finite: only a masked NaN needs it (R4)."""
-        unsound = torch.zeros(math.prod(grid), dtype=torch.int32, device=self.device)
+        # written by every program of the first launch
+        unsound = torch.empty(math.prod(grid), dtype=torch.int32, device=self.device)
         careful = arguments | {"num_stages": 1, "num_warps": max(8, arguments["num_warps"]), "unsound": unsound, "CAREFUL": True}
+        if "TMA" in careful:
+            # it never loads a whole tile of keys
+            careful |= UNTILED
         key = function, arguments["BLOCK_M"], arguments["BLOCK_N"]
         if key not in _carefully:
-            # nothing is unsound yet, so this does nothing but find out whether it fits, before anything has been added up
-            function[grid](**careful)
+            # nothing is unsound here, so this does nothing but find out whether it fits, before anything has been added up
+            function[grid](**careful | {"unsound": torch.zeros_like(unsound)})
             _carefully.add(key)
         function[grid](**arguments, unsound=unsound, CAREFUL=False)
         function[grid](**careful)
@@ -158,6 +164,14 @@ class Call:
         """IndexError if a checked read was out of range (R13); waits for the device only if there was something to check."""
         if self.errors is not None and bool(self.errors.item()):
             raise named_index_error(self.problem, self.tensors) or IndexError("a captured tensor is indexed out of range.")
+
+
+def _following(tile: Tile, error: Exception) -> Tile | None:
+    """What to try after a tile that does not fit, or that Triton's pipeliner cannot do; None if another is no help."""
+    if type(error).__name__ == "OutOfResources":
+        return smaller(tile)
+    compiling = isinstance(error, RuntimeError) and str(error).startswith("PassManager")
+    return tile._replace(stages=1) if compiling and tile.stages > 1 else None
 
 
 def fit_key(kernel: str, problem: Problem, device: torch.device | str, first: Tile) -> tuple:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexref.backends.triton.call import Call, fit_key, fitted_tile, plain, processors, q_side
+from flexref.backends.triton.call import UNTILED, Call, fit_key, fitted_tile, plain, processors, q_side
 from flexref.backends.triton.tiles import Tile, padded, tile_for
 from flexref.problem import Output, Problem, Tensors
 
@@ -61,7 +61,7 @@ def _whole(call: Call, output: Output) -> None:
     def launch(function: Any, tile: Tile) -> None:
         q_tiles = -(-q_side(call.problem) // tile.q)
         count = arguments["list_rows"] * q_tiles * arguments["replicas"]
-        call.twice(function, (count, 1), arguments | _descriptors(call, tile) | call.row_tile(tile) | {"Q_TILES": q_tiles})
+        call.twice(function, (count, 1), arguments | _descriptors(call, tile) | call.row_tile(tile) | {"q_tiles": q_tiles})
 
     call.run("forward", launch)
 
@@ -86,7 +86,7 @@ def _decode(call: Call, output: Output) -> None:
     def launch(function: Any, tile: Tile) -> None:
         q_tiles = -(-members // tile.q)
         count = arguments["list_rows"] * q_tiles * arguments["replicas"]
-        call.twice(function, (count, splits), arguments | _descriptors(call, tile) | call.row_tile(tile) | {"Q_TILES": q_tiles})
+        call.twice(function, (count, splits), arguments | _descriptors(call, tile) | call.row_tile(tile) | {"q_tiles": q_tiles})
 
     call.run("decode", launch)
     if splits > 1:
@@ -137,7 +137,7 @@ def _descriptors(call: Call, tile: Tile) -> dict[str, Any]:
     wanted = call.options.get("tma", call.capability is not None and call.capability >= (9, 0))
     key, value = plain(call.tensors.key), plain(call.tensors.value)
     if not wanted or not all(_describable(x) for x in (key, value)):
-        return {"k_tiles": None, "v_tiles": None, "TMA": False}
+        return UNTILED
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     def described(x: Tensor) -> Any:

@@ -101,7 +101,7 @@ def _by_queries(call: Call, arguments: dict[str, Any]) -> Tensor:
     def launch(function: Any, tile: Tile) -> None:
         q_tiles = -(-q_side(p) // tile.q)
         count = arguments["list_rows"] * q_tiles * arguments["replicas"]
-        call.twice(function, (count,), arguments | call.row_tile(tile) | {"Q_TILES": q_tiles})
+        call.twice(function, (count,), arguments | call.row_tile(tile) | {"q_tiles": q_tiles})
 
     call.run("backward_q", launch)
     return d_query
@@ -138,7 +138,7 @@ def _by_keys(
         if p.block_size is None:
             more |= {"KV_BLOCK": 1 << 30, "Q_BLOCK": tile.q, "rows": -(-p.q_len // tile.q), "columns": 1}
         count = arguments["list_rows"] * kv_tiles * arguments["replicas"]
-        call.twice(function, (count,), arguments | more | {"KV_TILES": kv_tiles})
+        call.twice(function, (count,), arguments | more | {"kv_tiles": kv_tiles})
 
     call.run("backward_kv", launch)
     return _folded(d_key, call.tensors.key), _folded(d_value, call.tensors.value)

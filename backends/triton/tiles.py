@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flexref.problem import Problem
+from flexref.program.ir import Graph
 
 OPTIONS = {
     "q_tile": "query rows of a tile, a power of 2 of at least 16",
@@ -103,7 +104,19 @@ def tile_for(kernel: str, problem: Problem, capability: tuple[int, int] | None) 
     q = int(options.get("q_tile") or min(tile.q, padded(min(q_block, _rows(kernel, problem)))))  # type: ignore[call-overload]
     kv = int(options.get("kv_tile") or min(tile.kv, padded(min(kv_block, problem.kv_len))))  # type: ignore[call-overload]
     warps = int(options.get("num_warps") or tile.warps)  # type: ignore[call-overload]
-    return Tile(q, kv, warps, int(options.get("num_stages") or tile.stages))  # type: ignore[call-overload]
+    # Triton's pipeliner cannot take along a load whose place depends on a product
+    most = 1 if problem.score is not None and reads_by_score(problem.score) else tile.stages
+    return Tile(q, kv, warps, int(options.get("num_stages") or most))  # type: ignore[call-overload]
+
+
+@lru_cache(maxsize=1024)
+def reads_by_score(graph: Graph) -> bool:
+    """Whether a captured tensor is read at a place that depends on the score."""
+    after: set[int] = set()
+    for i, node in enumerate(graph.nodes):
+        if (node.op == "input" and node.attr == "score") or not after.isdisjoint(node.args):
+            after.add(i)
+    return any(not after.isdisjoint(graph.nodes[i].args) for i in graph.loads)
 
 
 def _emulated(kernel: str) -> Tile:

@@ -2,19 +2,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
-from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import flexref
 from flexref.backend import find_backends, said
+from flexref.cache_folder import home
 from flexref.dispatch.hardware import probe
 
 PACKAGES = ("torch", "numpy", "numba", "llvmlite", "triton", "cupy-cuda13x", "numba-cuda")
@@ -43,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
 def cache_folder() -> str:
     """Where compiled kernels are kept, how much is there, and what moves it."""
-    folder = Path(os.environ.get("FLEXREF_CACHE") or user_cache_dir("flexref", appauthor=False)).expanduser()
+    folder = home()
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 2**20
     return f"{folder}, {len(files)} files, {size:.1f} MiB; FLEXREF_CACHE names another"

@@ -12,7 +12,7 @@ import triton.language as tl
 
 NUMBERS = (
     "kv_batch", "q_heads", "kv_heads", "group", "members", "q_len", "kv_len", "rows", "columns", "mask_heads", "list_rows",
-    "section", "replicas",
+    "section", "replicas", "kv_tiles",
     # hole: numbers
 )  # fmt: skip
 
@@ -159,14 +159,14 @@ def backward_kv(
     offsets, indices, full_offsets, full_indices, order,
     q_b, q_h, q_row, q_column, k_b, k_h, k_row, k_column, v_b, v_h, v_row, v_column, g_b, g_h, g_row, g_column,
     scale: "fp64", kv_batch, q_heads, kv_heads, group, members, q_len, kv_len, rows, columns, mask_heads, list_rows, section,
-    replicas,
+    replicas, kv_tiles,
     # hole: parameters
     # hole: accumulators
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, ATOMIC_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    SCATTER: tl.constexpr, KV_TILES: tl.constexpr, ALONE: tl.constexpr, CAREFUL: tl.constexpr,
+    SCATTER: tl.constexpr, ALONE: tl.constexpr, CAREFUL: tl.constexpr,
 ):
     pid = tl.program_id(0)
     if CAREFUL:
@@ -174,11 +174,13 @@ def backward_kv(
             return
     units = q_heads // members
     flat, tile, column_of_blocks, b, unit = place_of(
-        pid, order, columns, section, list_rows, replicas, units, mask_heads, KV_TILES, LISTS
+        pid, order, columns, section, list_rows, replicas, units, mask_heads, kv_tiles, LISTS
     )
     kv_first = column_of_blocks * KV_BLOCK + tile * BLOCK_N
     kv_end = tl.minimum(column_of_blocks * KV_BLOCK + tl.minimum(KV_BLOCK, kv_len), kv_len)
     if kv_first >= kv_end:
+        if not CAREFUL:
+            tl.store(unsound + pid, 0)
         return
     kv_rows = tl.arange(0, BLOCK_N)
     kv = kv_first + kv_rows

@@ -8,7 +8,7 @@ import triton.language as tl
 
 NUMBERS = (
     "kv_batch", "q_heads", "kv_heads", "group", "q_len", "kv_len", "rows", "columns", "mask_heads", "list_rows", "section",
-    "replicas",
+    "replicas", "q_tiles",
     # hole: numbers
 )  # fmt: skip
 
@@ -51,21 +51,24 @@ def backward_q(
     offsets, indices, full_offsets, full_indices, order,
     q_b, q_h, q_row, q_column, k_b, k_h, k_row, k_column, v_b, v_h, v_row, v_column, g_b, g_h, g_row, g_column,
     scale: "fp64", kv_batch, q_heads, kv_heads, group, q_len, kv_len, rows, columns, mask_heads, list_rows, section, replicas,
+    q_tiles,
     # hole: parameters
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
-    CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, Q_TILES: tl.constexpr, CAREFUL: tl.constexpr,
+    CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):
     if CAREFUL:
         if tl.load(unsound + tl.program_id(0)) == 0:
             return
     flat, tile, row_of_blocks, b, h = place_of(
-        tl.program_id(0), order, rows, section, list_rows, replicas, q_heads, mask_heads, Q_TILES, LISTS
+        tl.program_id(0), order, rows, section, list_rows, replicas, q_heads, mask_heads, q_tiles, LISTS
     )
     q_first = row_of_blocks * Q_BLOCK + tile * BLOCK_M
     q_end = tl.minimum(row_of_blocks * Q_BLOCK + tl.minimum(Q_BLOCK, q_len), q_len)
     if q_first >= q_end:
+        if not CAREFUL:
+            tl.store(unsound + tl.program_id(0), 0)
         return
     q_rows = q_first + tl.arange(0, BLOCK_M)
     rows_inside = q_rows < q_end

@@ -14,7 +14,7 @@ import triton.language as tl
 
 NUMBERS = (
     "kv_batch", "q_heads", "kv_heads", "group", "q_len", "kv_len", "rows", "columns", "mask_heads", "list_rows", "section",
-    "replicas", "splits",
+    "replicas", "splits", "q_tiles",
     # hole: numbers
 )  # fmt: skip
 
@@ -135,13 +135,13 @@ def forward(
     offsets, indices, full_offsets, full_indices, order,
     q_b, q_h, q_row, q_column, k_b, k_h, k_row, k_column, v_b, v_h, v_row, v_column,
     scale: "fp64", kv_batch, q_heads, kv_heads, group, q_len, kv_len, rows, columns, mask_heads, list_rows, section,
-    replicas, splits,
+    replicas, splits, q_tiles,
     # hole: parameters
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
     CHECK_READS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    SAVE: tl.constexpr, MAX_SCORES: tl.constexpr, Q_TILES: tl.constexpr, CAREFUL: tl.constexpr,
+    SAVE: tl.constexpr, MAX_SCORES: tl.constexpr, CAREFUL: tl.constexpr,
 ):
     split = tl.program_id(1)
     program = tl.program_id(0) * splits + split
@@ -149,7 +149,7 @@ def forward(
         if tl.load(unsound + program) == 0:
             return
     flat, tile, row_of_blocks, b, h = place_of(
-        tl.program_id(0), order, rows, section, list_rows, replicas, kv_heads if PACK else q_heads, mask_heads, Q_TILES, LISTS
+        tl.program_id(0), order, rows, section, list_rows, replicas, kv_heads if PACK else q_heads, mask_heads, q_tiles, LISTS
     )
     kv_head = h if PACK else h // group
     q_first = row_of_blocks * Q_BLOCK
@@ -162,6 +162,8 @@ def forward(
         rows_inside = index < span
         head, q_rows = h + index * 0, q_first + index
     if tile * BLOCK_M >= (group * span if PACK else span):
+        if not CAREFUL:
+            tl.store(unsound + program, 0)
         return
     q_rows = tl.minimum(q_rows, q_len - 1)
     q_idx = q_rows[:, None]

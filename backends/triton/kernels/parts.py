@@ -116,24 +116,24 @@ def row_range(offsets, full_offsets, full_indices, row, count, ragged, LISTS: tl
 
 @triton.jit
 def place_of(
-    pid, order, lines, section, list_rows, replicas, heads, mask_heads, TILES: tl.constexpr, LISTS: tl.constexpr,
+    pid, order, lines, section, list_rows, replicas, heads, mask_heads, tiles, LISTS: tl.constexpr,
 ):
     """Which list program `pid` works on, and which tile of its block, line of blocks, batch and head that is.
 
     Lists by descending work come first. The heads of a section run beside one another, so that what they read stays in
     the cache; `replicas` are the batches and heads that share a list.
     """
-    of_section = section * list_rows * TILES
+    of_section = section * list_rows * tiles
     before = pid // of_section * section
     width = tl.minimum(section, replicas - before)
     rank, replica = pid % of_section // width, before + pid % of_section % width
-    flat = rank // TILES
+    flat = rank // tiles
     if LISTS:
         flat = tl.load(order + flat)
     fan = tl.where(mask_heads == 1, heads, 1)
     b = flat // lines // mask_heads + replica // fan
     h = flat // lines % mask_heads + replica % fan
-    return flat, rank % TILES, flat % lines, b, h
+    return flat, rank % tiles, flat % lines, b, h
 
 
 @triton.jit
