@@ -68,6 +68,15 @@ def test_a_read_that_depends_on_the_score_compiles():
     assert kernels >= {"forward", "backward_kv", "backward_q", "decode"}, found
 
 
+def test_a_score_is_rounded_before_the_maximum_is_taken_from_it():
+    # else 1e30 would leave of a rounded maximum the error of its rounding, 1e22, as a power of 2
+    for report in ahead("report", "90", "float32", "64", "large"):
+        if report["kernel"].startswith(("forward", "backward", "decode")):
+            assert report["fused"] == 0 < report["rounded"], report
+            # a plain sub could still be fused by the assembler
+            assert report["kept apart"] > 0, report
+
+
 @pytest.mark.parametrize("how", ["masked", "whole"])
 def test_numbers_and_lengths_do_not_make_builds(how):
     found = ahead("builds", how)

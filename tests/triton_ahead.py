@@ -31,7 +31,11 @@ def problem(kind: str, dtype: torch.dtype, dim: int, q_len: int = LENGTH, gradie
     def looked_up(score, b, h, q_idx, kv_idx):
         return score + slope[(score * 3).long().clamp(0, 1)]
 
+    def large(score, b, h, q_idx, kv_idx):
+        return score * 1e30
+
     mods = {
+        "large": (large, None),
         "read by score": (looked_up, None),
         "plain": (None, None),
         "soft-cap, ALiBi": (capped, lambda b, h, q_idx, kv_idx: q_idx >= kv_idx),
@@ -52,7 +56,10 @@ def report(arch: str, dtype: str, dim: str, *kinds: str) -> list[dict]:
         reports = compiled(*problem(kind, getattr(torch, dtype), int(dim)), target, backward=True)
         reports += compiled(*problem(kind, getattr(torch, dtype), int(dim), q_len=1, gradients=False), target)
         for r in reports:
-            words = {name: r.count(name) for name in (r"wgmma\.mma_async", r"mma\.sync", r"cp\.async", r"tcgen05\.mma", "mfma")}
+            # 1e30 in the bits of a float32
+            words = {"fused": r.count(r"fma\.rn\.f32[^;]*0f7149F2CA"), "rounded": r.count(r"mul\.f32[^;]*0f7149F2CA")}
+            words["kept apart"] = r.count(r"sub\.rn\.f32")
+            words |= {name: r.count(name) for name in (r"wgmma\.mma_async", r"mma\.sync", r"cp\.async", r"tcgen05\.mma", "mfma")}
             found.append({"kind": kind, "kernel": r.kernel, "tile": r.tile, "registers": r.registers, "stack": r.stack,
                           "shared": r.shared, "tensor": r.count(r"cp\.async\.bulk\.tensor"), **words})  # fmt: skip
     return found

@@ -125,7 +125,8 @@ def _definitions(problem: Problem, variant: Variant, constants: dict[str, object
     lines = [f"{name} = {value}" for name, value in constants.items() if name not in PLACE and name.isupper()]
     real = "float64" if problem.dtype == torch.float64 else "float32"
     small = max(problem.q_len, problem.kv_len) < WIDEST_INT
-    lines.append(f"real, INDEX, exp2 = {real}, {'int32' if small else 'int64'}, exp2_{real}")
+    lines.append(f"real, INDEX = {real}, {'int32' if small else 'int64'}")
+    lines.append(f"exp2, minus = exp2_{real}, minus_{real}")
     lines += ["INF, NAN, LOG2E = real(math.inf), real(math.nan), real(1.4426950408889634)"]
     if variant.geometry.product == "mma":
         half = _NAMES[problem.dtype]

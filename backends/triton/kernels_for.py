@@ -39,7 +39,7 @@ def text_of(kernel: str, problem: Problem, near: frozenset[int], wide: bool, che
     scatters = kernel == "backward_kv"
     place = "flexref.backends.triton.interpreter" if emulated else "triton.language.extra"
     real = "float64" if problem.dtype == torch.float64 else "float32"
-    types = f"real, WIDE = tl.constexpr(tl.{real}), tl.constexpr({wide})"
+    types = f"real, WIDE, COMPILED = tl.constexpr(tl.{real}), tl.constexpr({wide}), tl.constexpr({not emulated})"
     holes = {"types": [f"from {place} import libdevice", types]}
     texts = [fill(source("parts"), holes)]
     lists = argument_lists(problem, scatters)

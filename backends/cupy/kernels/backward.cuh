@@ -22,7 +22,7 @@ template <bool PLAIN> DEVICE void differentiate(
     const bool allowed = PLAIN || there && (!ask || mask_mod(p, b, h, q, kv, there, wrong));
     const real raw = score * scale, modified = score_mod(p, raw, b, h, q, kv, allowed, wrong);
     const bool seen = allowed && modified != -INFINITE;
-    const real distance = HAS_SCORE ? (modified - row.row_max) * LOG2E : modified - row.row_max;
+    const real distance = HAS_SCORE ? minus(modified, row.row_max) * LOG2E : modified - row.row_max;
     score = seen ? power_of_2(distance - row.log_sum) : (real)0;
     grad = seen ? score * (grad - row.delta) : (real)0;
     const real result = score_grad(p, raw, grad, b, h, q, kv, seen && adds, accumulators_of(p), sums);

@@ -124,6 +124,7 @@ DEVICE float power_of_2(float x) {
     return y < 0x1p-126f ? 0 : y;
 }
 DEVICE double power_of_2(double x) { return __builtin_exp2(x); }
+template <class T> DEVICE T minus(T a, T b) { return a - b; }
 
 DEVICE unsigned char* shared_memory() { return host::shared; }
 DEVICE void barrier() { host::meet_all(false); }

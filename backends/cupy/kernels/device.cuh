@@ -50,6 +50,10 @@ DEVICE float power_of_2(float x) {
 }
 DEVICE double power_of_2(double x) { return exp2(x); }
 
+// a - b of a rounded a, and not of the product that a may be: both must have been rounded alike to cancel out
+DEVICE float minus(float a, float b) { return __fsub_rn(a, b); }
+DEVICE double minus(double a, double b) { return __dsub_rn(a, b); }
+
 DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char everything[];
     return everything;

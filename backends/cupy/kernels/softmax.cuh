@@ -2,7 +2,7 @@
 #pragma once
 
 // Scores are in natural units after a score_mod, else in powers of two: the product with log2(e) is part of `unit`.
-DEVICE real power(real score, real base) { return power_of_2(HAS_SCORE ? (score - base) * LOG2E : score - base); }
+DEVICE real power(real score, real base) { return power_of_2(HAS_SCORE ? minus(score, base) * LOG2E : score - base); }
 
 template <class F> DEVICE real over_row(real x, F f) {
 #pragma unroll

@@ -26,7 +26,7 @@ def softmax(s_given, o_before, max_before, sum_before):
         row_max[i] = highest
         row_sum[i] *= shrink
         for j in unrolled(COLS):
-            s[i, j] = exp2((s[i, j] - base) * LOG2E)
+            s[i, j] = exp2(minus(s[i, j], base) * LOG2E)
             row_sum[i] += s[i, j]
         for d in unrolled(WIDE_values):
             o[i, d] *= shrink

@@ -178,6 +178,17 @@ def exp2_float64(x):
     return cuda.libdevice.exp2(x)
 
 
+@device
+def minus_float32(a, b):
+    """a - b of a rounded a, and not of the product that a may be: both must have been rounded alike to cancel out."""
+    return cuda.libdevice.fsub_rn(a, b)
+
+
+@device
+def minus_float64(a, b):
+    return cuda.libdevice.dadd_rn(a, -b)
+
+
 def _converter(source, result, convert):
     def codegen(context, builder, signature, args):
         return convert(builder, args[0])

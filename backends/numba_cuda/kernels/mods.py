@@ -43,7 +43,7 @@ def grad_mod(
     kv_idx = INDEX(kv_at)
     # hole: score_again
     seen = concerned & (modified != -INF)
-    weight = select(seen, exp2((modified - row_max) * LOG2E - log_sum), real(0))
+    weight = select(seen, exp2(minus(modified, row_max) * LOG2E - log_sum), real(0))
     grad = select(seen, weight * (d_weight - delta), real(0))
     # hole: derivative
     counted = counted & seen

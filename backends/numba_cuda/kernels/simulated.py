@@ -54,6 +54,14 @@ def exp2_float32(x):
 exp2_float64 = np.exp2
 
 
+def minus_float32(a, b):
+    """a - b; NumPy rounds every product that may be in `a`."""
+    return a - b
+
+
+minus_float64 = minus_float32
+
+
 def _warp(value) -> tuple[list, int]:
     """What every lane of the warp gave to the same call, and which lane this is."""
     me: Any = threading.current_thread()

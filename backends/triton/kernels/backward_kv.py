@@ -18,12 +18,15 @@ NUMBERS = (
 
 
 @triton.jit
-def row_numbers(saved_max, saved_sum, delta, start, q_rows, inside):
+def row_numbers(saved_max, saved_sum, delta, start, q_rows, inside, CHECKED: tl.constexpr):
     """row_max, log2(row_sum) and delta of the query rows; a row that is not inside has no weight."""
     at = start + q_rows
-    top = tl.load(saved_max + at, mask=inside, other=0.0)
-    log_sum = tl.load(saved_sum + at, mask=inside, other=float("inf"))
-    return top[None, :], log_sum[None, :], tl.load(delta + at, mask=inside, other=0.0)[None, :]
+    if CHECKED:
+        top = tl.load(saved_max + at, mask=inside, other=0.0)
+        log_sum = tl.load(saved_sum + at, mask=inside, other=float("inf"))
+        return top[None, :], log_sum[None, :], tl.load(delta + at, mask=inside, other=0.0)[None, :]
+    else:
+        return tl.load(saved_max + at)[None, :], tl.load(saved_sum + at)[None, :], tl.load(delta + at)[None, :]
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def walk_rows(
         inside = q0 + q_rows < tl.minimum((block + 1) * Q_BLOCK, q_len)
         q_tile = load_rows(q_at + q0.to(tl.int64) * q_row, q_rows, q_row, q_column, inside, HEAD_COLUMNS, HEAD_DIM, CHECKED)
         g_tile = load_rows(g_at + q0.to(tl.int64) * g_row, q_rows, g_row, g_column, inside, VALUE_COLUMNS, VALUE_DIM, CHECKED)
-        top, log_sum, less = row_numbers(saved_max, saved_sum, delta, start + q0, q_rows, inside)
+        top, log_sum, less = row_numbers(saved_max, saved_sum, delta, start + q0, q_rows, inside, CHECKED)
         score = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=real)
         upward = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION, out_dtype=real)
         q_idx = tl.minimum(q0 + q_rows, q_len - 1)[None, :]
@@ -55,7 +58,8 @@ def walk_rows(
             score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx, kv_inside[:, None] & inside[None, :], full, errors,
             # hole: arguments
             # hole: accumulators
-            CHECKED, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, SCATTER,
+            # what is added up at once cannot be done again
+            CHECKED, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, SCATTER, ATOMIC_Q,
         )
         if NEED_V:
             d_v = tl.dot(weights.to(g_tile.dtype), g_tile, d_v, input_precision=PRECISION, out_dtype=real)
@@ -136,7 +140,7 @@ def walk_with_care(
         inside = q0 + q_rows < tl.minimum((block + 1) * Q_BLOCK, q_len)
         q_tile = load_rows(q_at + q0.to(tl.int64) * q_row, q_rows, q_row, q_column, inside, HEAD_COLUMNS, HEAD_DIM, True)
         g_tile = load_rows(g_at + q0.to(tl.int64) * g_row, q_rows, g_row, g_column, inside, VALUE_COLUMNS, VALUE_DIM, True)
-        top, log_sum, less = row_numbers(saved_max, saved_sum, delta, start + q0, q_rows, inside)
+        top, log_sum, less = row_numbers(saved_max, saved_sum, delta, start + q0, q_rows, inside, True)
         score = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=real)
         upward = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION, out_dtype=real)
         q_idx = tl.minimum(q0 + q_rows, q_len - 1)[None, :]
@@ -144,7 +148,7 @@ def walk_with_care(
             score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx, kv_inside[:, None] & inside[None, :], full, errors,
             # hole: arguments
             # hole: accumulators
-            True, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+            True, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False, True,
         )
         q_few = load_few(q_at, q0 + q_rows, few, q_row, q_column, inside, HEAD_DIM)
         g_few = load_few(g_at, q0 + q_rows, few, g_row, g_column, inside, VALUE_DIM)

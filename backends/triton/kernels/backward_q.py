@@ -39,7 +39,7 @@ def walk_keys(
         _, grad, _ = gradients(
             score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx, rows_inside[:, None] & inside[None, :], full, errors,
             # hole: arguments
-            CHECKED, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+            CHECKED, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False, False,
         )
         d_q = tl.dot(grad.to(k_tile.dtype), k_tile, d_q, input_precision=PRECISION, out_dtype=real)
     return d_q
@@ -110,7 +110,7 @@ def backward_q(
                     score, upward, top, log_sum, less, scale, b, h, q_idx, kv_idx,
                     rows_inside[:, None] & inside[None, :], full, errors,
                     # hole: arguments
-                    True, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False,
+                    True, FOLD, FUSED, HAS_SCORE, HAS_MASK, CHECK_READS, False, True,
                 )
                 k_few = load_few(k_at, kv0 + kv_rows, few, k_row, k_column, inside, HEAD_DIM).to(q_tile.dtype)
                 part = tl.dot(grad.to(k_few.dtype), finite(k_few), part, input_precision=PRECISION, out_dtype=real)

@@ -58,7 +58,10 @@ def weigh(
         weights = tl.exp2(score * factor - safe[:, None])
     else:
         shrink = tl.exp2((row_max - safe) * factor)
-        weights = tl.exp2((score - safe[:, None]) * factor)
+        if FOLD:
+            weights = tl.exp2((score - safe[:, None]) * factor)
+        else:
+            weights = tl.exp2(minus(score, tl.broadcast_to(safe[:, None], score.shape)) * factor)
     return weights, shrink, fresh, allowed & (score != float("-inf"))
 
 
@@ -75,8 +78,16 @@ def walk_keys(
     """Adds tiles `first` to `last` of a walk to acc, row_max and row_sum."""
     TILES: tl.constexpr = (KV_BLOCK + BLOCK_N - 1) // BLOCK_N
     kv_rows = tl.arange(0, BLOCK_N)
+    following = first
+    if LISTS and not CHECKED:
+        following = tl.load(full_indices + full_at + first // TILES, mask=first < last, other=0)
     for it in range(first, last):
-        block, full = listed(it, at, full_at, tail, indices, full_indices, CHECKED, LISTS, TILES)
+        if LISTS and not CHECKED:
+            # which block comes next is asked for before it is needed
+            block, full = following, full_at >= 0
+            following = tl.load(full_indices + full_at + (it + 1) // TILES, mask=it + 1 < last, other=0)
+        else:
+            block, full = listed(it, at, full_at, tail, indices, full_indices, CHECKED, LISTS, TILES)
         kv0 = block * KV_BLOCK + it % TILES * BLOCK_N
         inside = kv0 + kv_rows < tl.minimum((block + 1) * KV_BLOCK, kv_len)
         k_tile = load_tile(

@@ -1,4 +1,4 @@
-"""Of one tile, in either orientation: the weights again, and d loss / d score. Both are 0 where a position is not seen."""
+"""Of one tile, in either orientation: the weights again, and d loss / d score."""
 import triton
 import triton.language as tl
 
@@ -9,9 +9,13 @@ def gradients(
     # hole: parameters
     # hole: accumulators
     CHECKED: tl.constexpr, FOLD: tl.constexpr, FUSED: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_MASK: tl.constexpr,
-    CHECK_READS: tl.constexpr, SCATTER: tl.constexpr,
+    CHECK_READS: tl.constexpr, SCATTER: tl.constexpr, STRICT: tl.constexpr,
 ):
-    """From q @ k (`score`) and grad_out @ v (`upward`); top, log_sum and delta are the rows', shaped for the tile."""
+    """From q @ k (`score`) and grad_out @ v (`upward`); top, log_sum and delta are the rows', shaped for the tile.
+
+    What is not seen has a weight of 0. What is not finite there may come into d score, unless it is STRICT: then it shows in
+    the result, which is done again with care.
+    """
     score = score.to(real)
     if not FOLD:
         score = score * scale
@@ -34,12 +38,17 @@ def gradients(
             tl.store(errors + tl.zeros_like(wrong).to(tl.int32), 1, mask=wrong)
     factor = scale * LOG2E if FOLD else tl.full([], LOG2E, real)
     if FUSED:
-        weights = tl.exp2(modified * factor - top - log_sum)
-    else:
+        weights = tl.exp2(modified * factor - (top + log_sum))
+    elif FOLD:
         weights = tl.exp2((modified - top) * factor - log_sum)
+    else:
+        weights = tl.exp2(minus(modified, tl.broadcast_to(top, modified.shape)) * factor - log_sum)
     seen = allowed & (modified != float("-inf"))
-    weights = tl.where(seen, weights, 0.0)
-    grad = tl.where(seen, weights * (upward.to(real) - delta), 0.0)
+    if CHECKED:
+        weights = tl.where(seen, weights, 0.0)
+    grad = weights * (upward.to(real) - delta)
+    if STRICT or (CHECKED and HAS_SCORE):
+        grad = tl.where(seen, grad, 0.0)
     if HAS_SCORE:
         grad = score_grad(
             score, grad, seen, b, h, q_idx, kv_idx,

@@ -5,8 +5,9 @@ b, h are the query's; q_idx, kv_idx have the shape (rows, 1) or (1, columns) of 
 """
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
-real, WIDE = tl.constexpr(tl.float32), tl.constexpr(False)
+real, WIDE, COMPILED = tl.constexpr(tl.float32), tl.constexpr(False), tl.constexpr(True)
 # hole: types
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -19,6 +20,19 @@ def divide(a, b):
         return tl.div_rn(a, b)
     else:
         return a / b
+
+
+@triton.jit
+def minus(a, b):
+    """a - b of a rounded a, and not of the product that a may be: both must have been rounded alike to cancel out."""
+    if COMPILED and is_cuda():
+        # a plain sub, of libdevice too, may become a fused multiply-add in the assembler
+        if real == tl.float32:
+            return tl.inline_asm_elementwise("sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+        else:
+            return tl.inline_asm_elementwise("sub.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
+    else:
+        return a - b
 
 
 @triton.jit
