@@ -23,11 +23,13 @@ from bench.gpu import GpuBench
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def variants(attention: Attention, device: str, dtype: torch.dtype, dim: int, heads: int = 2) -> None:
-    """Every variant, every element of out, lse and the three gradients."""
+def variants(attention: Attention, device: str, dtype: torch.dtype, dim: int, names: tuple[str, ...] = ()) -> None:
+    """Every variant (or those of `names`), every element of out, lse and the three gradients."""
+    heads = 2
     like = torch.empty(1, heads, 1, dim, dtype=dtype, device=device)
     for variant in gpu_cases.variants(heads, SMALL, device).values():
-        small(variant, like, attention, gradients=True)
+        if not names or variant.name in names:
+            small(variant, like, attention, gradients=True)
 
 
 def other_layout(attention: Attention, device: str) -> None:
@@ -74,13 +76,29 @@ def bad_index(attention: Attention, device: str) -> None:
     raise AssertionError("no IndexError")
 
 
-def masked_nan(attention: Attention, device: str) -> None:
-    """A NaN that nobody may see does nothing (R4)."""
+def masked_nan(attention: Attention, device: str, dim: int) -> None:
+    """A NaN that nobody may see does nothing, forward and backward (R4): as if that key were not there."""
+    query, key, value, grad_out = (torch.randn(1, 2, 256, dim, device=device, dtype=torch.bfloat16) for _ in range(4))
+    mask = flexref.create_block_mask(lambda b, h, q_idx, kv_idx: kv_idx < 255, None, None, 256, 256, device=device)
+    found = []
+    for hidden in (torch.nan, 0.0):
+        key[:, :, -1], value[:, :, -1] = hidden, hidden
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        out, lse = attention(*inputs, None, mask)
+        found.append([out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, grad_out)])
+    for name, dirty, clean in zip(("out", "lse", "d query", "d key", "d value"), *found, strict=True):
+        # both round the same numbers, in another order
+        off = float((dirty.double() - clean.double()).abs().max())
+        assert off < 0.03, f"{name} is off by {off:.2g}"
+
+
+def lost_sums(attention: Attention, device: str) -> None:
+    """Scores so large that one key of a row has all the weight."""
     query, key, value = (torch.randn(1, 2, 256, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
-    key[:, :, -1], value[:, :, -1] = torch.nan, torch.nan
-    mask = flexref.create_block_mask(flexref.variants.masks.causal, None, None, 256, 256, device=device)
-    out, _ = attention(query, key, value, None, mask)
-    assert bool(out[:, :, :-1].isfinite().all()) and bool(out[:, :, -1].isnan().all())
+    out, _ = attention(query, key, value, scale=1e20)
+    best = (query.double() @ key.double().mT).argmax(-1)
+    wanted = value.gather(2, best[..., None].expand(-1, -1, -1, 64))
+    assert torch.equal(out, wanted), f"{int((out != wanted).sum())} elements are wrong"
 
 
 def decoding(attention: Attention, device: str) -> None:
@@ -97,15 +115,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_smoke", description=__doc__)
     parser.add_argument("engine")
     parser.add_argument("--emulated", action="store_true", help="on the CPU, and less of it")
+    parser.add_argument("--only", nargs="+", help="only the questions whose names begin so")
     options = parser.parse_args(argv)
     device = "cpu" if options.emulated else "cuda"
     attention = partial(GpuBench((options.engine,), device, emulated=options.emulated).attention, options.engine)
     dtypes = (torch.bfloat16,) if options.emulated else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     sizes = [(dtype, dim) for dtype in dtypes for dim in ((64,) if options.emulated or dtype.itemsize > 2 else (64, 128))]
     questions = {
-        "layout (B, S, H, D)": other_layout, "decoding": decoding, "masked NaN": masked_nan, "bad index": bad_index,
-        "captured": captured, **{f"variants {d}, D {n}": partial(variants, dtype=d, dim=n) for d, n in sizes},
+        "layout (B, S, H, D)": other_layout, "decoding": decoding, "large scores": lost_sums, "bad index": bad_index,
+        "captured": captured,
+        **{f"masked NaN, D {n}": partial(masked_nan, dim=n) for n in ((64,) if options.emulated else (64, 128))},
+        **{f"variants {d}, D {n}": partial(variants, dtype=d, dim=n) for d, n in sizes},
     }  # fmt: skip
+    if not options.emulated:
+        few = partial(variants, dtype=torch.bfloat16, names=("full", "causal"))
+        questions |= {f"heads of {n}": partial(few, dim=n) for n in (16, 32, 96, 256)}
+    if options.only:
+        questions = {name: f for name, f in questions.items() if name.startswith(tuple(options.only))}
     wrong = 0
     for name, question in questions.items():
         torch.manual_seed(0)

@@ -61,7 +61,8 @@ def report(arch: str, dtype: str, dim: str, *kinds: str) -> list[dict]:
             words["kept apart"] = r.count(r"sub\.rn\.f32")
             words |= {name: r.count(name) for name in (r"wgmma\.mma_async", r"mma\.sync", r"cp\.async", r"tcgen05\.mma", "mfma")}
             found.append({"kind": kind, "kernel": r.kernel, "tile": r.tile, "registers": r.registers, "stack": r.stack,
-                          "shared": r.shared, "tensor": r.count(r"cp\.async\.bulk\.tensor"), **words})  # fmt: skip
+                          "shared": r.shared, "narrow": r.narrow,
+                          "tensor": r.count(r"cp\.async\.bulk\.tensor"), **words})  # fmt: skip
     return found
 
 

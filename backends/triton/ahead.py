@@ -16,7 +16,7 @@ from flexref.problem import Problem, Tensors
 class Report(NamedTuple):
     """One kernel: registers of a thread, bytes of local memory that they spilled to, bytes of shared memory, its assembly.
 
-    `build`: the same for the same machine code.
+    `build`: the same for the same machine code. `narrow`: layouts of tiles of half types in rows of less than 128 bytes.
     """
 
     kernel: str
@@ -26,6 +26,7 @@ class Report(NamedTuple):
     shared: int
     assembly: str
     build: str
+    narrow: int = 0
 
     def count(self, pattern: str) -> int:
         """How often a pattern is in the assembly."""
@@ -105,5 +106,7 @@ def _report(kernel: str, tile: Tile, made: Any, target: Any) -> Report:
         path.write_bytes(made.asm["cubin"])
         tool = knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    narrow = len(re.findall(r"nvmma_shared<{swizzlingByteWidth = (?:32|64), [^>]*elementBitWidth = 16", made.asm["ttgir"]))
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Report(kernel, tile, found["REG"], found["STACK"] + found["LOCAL"], made.metadata.shared, made.asm["ptx"], made.hash)
+    stack = found["STACK"] + found["LOCAL"]
+    return Report(kernel, tile, found["REG"], stack, made.metadata.shared, made.asm["ptx"], made.hash, narrow)

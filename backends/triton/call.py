@@ -114,10 +114,19 @@ class Call:
         p = self.problem
         return {
             "LISTS": p.block_size is not None, "HEAD_DIM": p.head_dim, "VALUE_DIM": p.value_dim,
-            "HEAD_COLUMNS": padded(p.head_dim), "VALUE_COLUMNS": padded(p.value_dim), "HAS_SCORE": p.score is not None,
+            "HEAD_COLUMNS": self.columns(p.head_dim), "VALUE_COLUMNS": self.columns(p.value_dim),
+            "HAS_SCORE": p.score is not None,
             "HAS_MASK": p.mask is not None and p.block_size is not None, "CHECK_READS": self.checks,
-            "PRECISION": str(self.options.get("precision", "ieee")), "CHUNK": 128 if self.emulated else 16,
+            "PRECISION": str(self.options.get("precision", "ieee")), "CHUNK": 128 if self.emulated else self.columns(1),
         }  # fmt: skip
+
+    def columns(self, n: int) -> int:
+        """The columns of a tile that n fit in; of half types on Hopper at least 64.
+
+        Triton 3.6.0 makes wgmma read wrongly what was computed and has 16 or 32 columns (decision 0023).
+        """
+        narrow = self.capability is None or self.capability[0] != 9 or self.problem.dtype.itemsize != 2
+        return padded(n) if narrow else max(64, padded(n))
 
     def folds(self) -> bool:
         """Whether scale and log2(e) may be one factor: there is no score_mod, and the greatest product stays greatest."""

@@ -1,12 +1,24 @@
 """A program's operations in Triton's Python: the table of spellings, types, literals, and reads that cannot go astray."""
 from __future__ import annotations
 
+from functools import lru_cache
+
 from flexref.problem import Capture
 from flexref.program.emitter import Emitter, float_class
 from flexref.program.ir import Graph, Node
 
 _NARROW, _WIDE = "tl.int32", "tl.int64"
 _DIVISOR = "tl.where({1} == 0, 1, {1})"
+# good to some units in the last place, a fraction of the time: for values that are rounded to half types soon after
+_ROUGH = {
+    "div": "{0} / {1}",
+    "tanh": "rough_tanh({0})",
+    "sigmoid": "1.0 / (1.0 + tl.exp2({0} * -LOG2E))",
+}
+# what a small error of an argument changes the result of by more than as much
+_JUMPS = frozenset(
+    "floor ceil trunc round sign floor_div trunc_div remainder fmod float_to_int lt le gt ge eq ne isinf isnan".split()
+)
 
 
 class TritonEmitter(Emitter):
@@ -14,6 +26,7 @@ class TritonEmitter(Emitter):
 
     `near`: the captured tensors whose every element is less than 2^31 elements from the first. `checks`: the reads that
     are not in `safe` are checked, and `wrong` remembers; else all are known to be in range, where negative ones wrap.
+    `rough`: the operations of _ROUGH may be off by some units in the last place, where nothing that jumps comes after.
     """
 
     spell = {
@@ -97,8 +110,10 @@ class TritonEmitter(Emitter):
         safe: frozenset[tuple[int, int]] = frozenset(),
         near: frozenset[int] = frozenset(),
         checks: object = True,
+        rough: bool = False,
     ):
         self.captures, self.small, self.safe, self.near, self.checks = captures, small, safe, near, checks is not False
+        self.rough = rough
 
     def literal(self, value: bool | int | float, type: str) -> str:
         if type == "bool":
@@ -121,6 +136,8 @@ class TritonEmitter(Emitter):
         if node.type == "int":
             # 32-bit arguments grow before the operation, not after it
             names = [f"{x}.to({_WIDE})" if graph.nodes[i].type == "int" else x for i, x in enumerate(names)]
+        if self.rough and node.op in _ROUGH and position not in before_jumps(graph):
+            return [f"{name} = {_ROUGH[node.op].format(*(names[arg] for arg in node.args))}"]
         return super().statements(name, node, graph, names)
 
     def _load(self, name: str, position: int, node: Node, names: list[str]) -> list[str]:
@@ -145,6 +162,17 @@ class TritonEmitter(Emitter):
         read = f"tl.load(c{buffer} + ({' + '.join(terms)}))" if terms else f"tl.load(c{buffer})"
         cast = f"{read}.to(real)" if node.type == "float" else f"{read}.to({_WIDE})"
         return [*lines, f"{name} = {read} != 0" if str(capture.dtype) == "torch.bool" else f"{name} = {cast}"]
+
+
+@lru_cache(maxsize=256)
+def before_jumps(graph: Graph) -> frozenset[int]:
+    """The nodes whose value comes into something that jumps, through whatever lies between."""
+    found: set[int] = set()
+    for position in reversed(range(len(graph.nodes))):
+        node = graph.nodes[position]
+        if node.op in _JUMPS or position in found:
+            found.update(node.args)
+    return frozenset(found)
 
 
 def depends(graph: Graph) -> list[frozenset[str]]:

@@ -56,7 +56,7 @@ def _mods(problem: Problem, near: frozenset[int], checks: bool, backward: bool, 
     def emitted(graph: Graph, prefix: str) -> tuple[list[str], dict[str, str]]:
         shapes = [capture.shape for capture in problem.captures]
         proved = small_ints(graph, problem.extents), safe_reads(graph, problem.extents, shapes)
-        return TritonEmitter(problem.captures, *proved, near, checks).emit(graph, prefix, _MODS)
+        return TritonEmitter(problem.captures, *proved, near, checks, problem.dtype.itemsize == 2).emit(graph, prefix, _MODS)
 
     holes = {"mask_mod": ["mask = concerned"], "score_mod": ["modified = score"], "derivative": ["d_score = grad"]}
     holes |= {"d_captured": [], "parameters": lists["parameters"], "accumulators": lists["accumulators"]}

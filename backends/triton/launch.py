@@ -141,7 +141,7 @@ def _descriptors(call: Call, tile: Tile) -> dict[str, Any]:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     def described(x: Tensor) -> Any:
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile.kv, padded(x.shape[3])])
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile.kv, call.columns(x.shape[3])])
 
     return {"k_tiles": described(key), "v_tiles": described(value), "TMA": True}
 
