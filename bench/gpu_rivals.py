@@ -45,7 +45,7 @@ def _flex(bench: GpuBench, variant: Variant, inputs: tuple[Tensor, ...]) -> dict
 
 def _sdpa(inputs: tuple[Tensor, ...], causal: bool, kernel: SDPBackend) -> Tensor:
     with sdpa_kernel(kernel):
-        return F.scaled_dot_product_attention(*inputs, is_causal=causal)
+        return F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], is_causal=causal)
 
 
 def _runs(bench: GpuBench, name: str, call: Callable[[], Tensor]) -> bool:

@@ -105,8 +105,8 @@ def decoding(attention: Attention, device: str) -> None:
     """One query on long keys, grouped heads."""
     query, (key, value) = torch.randn(2, 8, 1, 128, device=device), torch.randn(2, 2, 2, 1024, 128, device=device)
     out, _ = attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), enable_gqa=True)
-    inputs = (x.bfloat16().double() for x in (query, key, value))
-    off = float((out.double() - F.scaled_dot_product_attention(*inputs, enable_gqa=True)).abs().max())
+    query, key, value = (x.bfloat16().double() for x in (query, key, value))
+    off = float((out.double() - F.scaled_dot_product_attention(query, key, value, enable_gqa=True)).abs().max())
     assert off < 2e-3, f"off by {off:.2g}"
 
 

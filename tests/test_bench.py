@@ -138,6 +138,7 @@ def test_gradients_are_judged_before_a_gpu_case_is_timed(monkeypatch):
         @staticmethod
         def backward(*arguments):
             found = reference.backward(*arguments)
+            assert found.key is not None
             return replace(found, key=found.key * 1.01)
 
     monkeypatch.setattr(bench, "backend", lambda engine: Off)
