@@ -22,7 +22,7 @@ from flexref.conformance.cases import Blocks, Case
 from flexref.conformance.checks import check_same_bits, run_case
 from flexref.conformance.compare import expectations
 
-LINE = "s[i, j] = exp2((s[i, j] - base) * LOG2E)"
+LINE = "s[i, j] = exp2(minus(s[i, j], base) * LOG2E)"
 # whatever is added up is scaled by exp(-base), so the new weights must be, too; -inf, a masked score, still has weight 0
 EDITED = "s[i, j] = exp2(-base * LOG2E) / (real(1) + exp2(-s[i, j] * LOG2E))"
 

