@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from flexref.errors import Unsupported
+from flexref.interrupts import of_a_signal
 from flexref.problem import Gradients, Output, Problem, Tensors
 
 _PARTS = ("name", "rank", "options", "unavailable", "unsupported", "forward", "backward")
@@ -101,6 +102,8 @@ def _add(found: dict[str, Backend], name: str, load: Callable[[], Any], where: s
         problem = _problem(backend)
     # an import may also end in SystemExit; one that is interrupted is the caller's
     except (Exception, SystemExit) as error:
+        if of_a_signal(error):
+            raise
         problem = f"its import failed: {_told(error)}"
     if problem is None:
         name = backend.name
@@ -136,6 +139,8 @@ def said(backend: Backend, what: str, *args: Any) -> list[str]:
             return [f"its {what}() must answer with a list of strings, got {lines!r}"]
         return [str(line) for line in lines]
     except (Exception, SystemExit) as error:
+        if of_a_signal(error):
+            raise
         return [f"its {what}() failed: {_told(error)}"]
 
 

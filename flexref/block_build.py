@@ -16,6 +16,7 @@ from torch import Tensor
 from flexref.block_arguments import as_bool, checked_device, checked_sizes, described, kind_of_mod
 from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
 from flexref.errors import TraceError
+from flexref.interrupts import of_a_signal
 from flexref.mod_objects import name_of
 from flexref.program.compiled import nothing_compiled, original
 from flexref.tensor_gate import check_surroundings
@@ -149,6 +150,8 @@ class Asker:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
+                if of_a_signal(error):
+                    raise
                 self._raise_what_stays_wrong(error)
                 self.number = self._working_number(b, h, q_idx, kv_idx)
         return self._loop(self.number, b, h, q_idx, kv_idx)
@@ -177,7 +180,9 @@ class Asker:
         try:
             self._one(*at)
             return int
-        except Exception:
+        except Exception as error:
+            if of_a_signal(error):
+                raise
             try:
                 self._one(*map(tensor, at))
             except Exception as error:

@@ -11,6 +11,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+from flexref.interrupts import of_a_signal
+
 
 class CacheWarning(UserWarning):
     """The cache folder, or a file of it, cannot be used; kernels are made again in each process."""
@@ -48,6 +50,8 @@ def keep(path: Path, content: bytes) -> bool:
     try:
         write(path, content)
     except OSError as error:
+        if of_a_signal(error):
+            raise
         warnings.warn(f"{path} cannot be written ({error}), so it is not kept.", CacheWarning, stacklevel=2)
         return False
     return True
@@ -70,6 +74,8 @@ def _checked(home: str, backend: str) -> Path | None:
         path.mkdir(exist_ok=True, mode=0o700)
         status = path.stat()
     except OSError as error:
+        if of_a_signal(error):
+            raise
         why = f"cannot be made ({error})"
     else:
         foreign = hasattr(os, "getuid") and status.st_uid != os.getuid()

@@ -21,6 +21,7 @@ LINKED = ("backends", "dispatch", "conformance")
 # a part of flexref, and the parts it may import beside itself; `block` is block_mask with its helpers
 BELOW = {
     "errors": "",
+    "interrupts": "",
     "recent": "",
     "index_error": "errors problem program",
     "index_proof": "recent problem program",
@@ -30,18 +31,18 @@ BELOW = {
     "uncompiled": "",
     "torch_names": "",
     "contents": "",
-    "cache_folder": "",
+    "cache_folder": "interrupts",
     "arrays": "tensor_gate",
     "argument_shapes": "",
-    "program": "errors recent tensor_gate",
-    "block": "errors recent program tensor_gate uncompiled",
+    "program": "errors interrupts recent tensor_gate",
+    "block": "errors interrupts recent program tensor_gate uncompiled",
     "variants": "errors program block",
     "problem": "errors program block",
-    "backend": "errors problem program block",
+    "backend": "errors interrupts problem program block",
     "arguments": "errors recent argument_shapes tensor_gate arrays contents problem program block",
     "autograd": "errors recent backend problem program block",
     "dispatch": "errors recent uncompiled torch_names arrays autograd arguments backend problem program block",
-    "backends": "errors cache_folder index_error index_proof recent problem program block",
+    "backends": "errors interrupts cache_folder index_error index_proof recent problem program block",
     "conformance": "errors recent reference autograd arguments backend problem program block variants",
 }
 BLOCK = ("mask_mods", "mod_objects")

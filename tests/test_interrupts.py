@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# `interrupted(call, after)`: what the call raised, and how long that took once the signal had come
+# `interrupted(call, after)`: what the call raised, and how long that took once the signal had come; None, and whether it came
 COMMON = """
 import os, signal, sys, threading, time
 import torch
@@ -32,11 +32,18 @@ def interrupted(call, after=0.3, send=lambda: os.kill(os.getpid(), signal.SIGINT
         took = time.perf_counter() - sent[0]
         timer.join()
         return error, took
-    raise SystemExit(f"nothing was raised; sent: {bool(sent)}")
+    timer.cancel()
+    timer.join()
+    return None, bool(sent)
 
 def check(call, small, kind=KeyboardInterrupt, **how):
     before = small()
-    error, took = interrupted(call, **how)
+    for _ in range(5):
+        error, took = interrupted(call, **how)
+        # a busy machine may take five times as long once, and be done before the signal the next time
+        if error is not None:
+            break
+        assert took is False, "nothing was raised"
     assert type(error) is kind, repr(error)
     assert took < 0.5, took
     assert all(torch.equal(a, b) for a, b in zip(small(), before)), "the next call differs"
@@ -70,11 +77,17 @@ CASES = {
     # three heads on two threads: the thread that called has done its own when the signal comes
     leaf = torch.randn(1, 3, 6000, 64).requires_grad_()
     out = flexref.flex_attention(leaf, leaf, leaf)
-    start = time.perf_counter()
-    out.sum().backward(retain_graph=True)
-    whole = time.perf_counter() - start
-    leaf.grad = None
-    check(lambda: out.sum().backward(), small, after=0.8 * whole)
+    whole = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        out.sum().backward(retain_graph=True)
+        whole = min(whole, time.perf_counter() - start)
+
+    def again():
+        leaf.grad = None
+        out.sum().backward(retain_graph=True)
+
+    check(again, small, after=0.8 * whole)
     assert leaf.grad is None
     """,
     "an alarm whose handler raises": """
@@ -152,7 +165,14 @@ COMPILING = """
 class Stop(Exception):
     pass
 
+# Python itself forgets what a handler raises while it folds a constant of a source file, so all of them are read before
+import flexref.backends.numba_cpu.launch
+from flexref.backends.numba_cpu import cache, compiler
+
+heard = []
+
 def handler(*_):
+    heard.append(time.perf_counter())
     raise Stop
 
 signal.signal(signal.SIGALRM, handler)
@@ -162,7 +182,8 @@ x = torch.randn(1, 2, 70, 16)
 def call(backend="numba_cpu"):
     return flexref.flex_attention(x, x, x, lambda s, b, h, i, j: s * table[h] + torch.tanh(s), backend=backend)
 
-for after in (0.05, 0.2, 0.6):
+for after in (0.02, 0.05, 0.1, 0.2, 0.4, 0.6):
+    heard.clear()
     start = time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, after)
     try:
@@ -171,8 +192,8 @@ for after in (0.05, 0.2, 0.6):
         assert time.perf_counter() - start - after < 0.5
     else:
         # the compilation that was interrupted goes on in its own thread, and on a quick machine is done by now
-        assert after > 0.05
         signal.setitimer(signal.ITIMER_REAL, 0)
+        assert not heard, f"what the handler raised after {after} s was swallowed"
 torch.testing.assert_close(call(), call("reference"))
 import gc
 assert gc.isenabled()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import signal
+from functools import partial
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import torch
 
 from flexref import Unsupported, backend, explain, flex_attention
 from flexref.__main__ import main
-from flexref.backend import find_backends
+from flexref.backend import Broken, find_backends
 from flexref.backends import numba_cpu, reference
 from flexref.dispatch import attention
 
@@ -155,6 +157,49 @@ def test_an_interrupted_import_is_the_callers(installed):
         find_backends()
     installed()
     assert set(find_backends()) == {m.name for m in pkgutil.iter_modules(importlib.import_module("flexref.backends").__path__)}
+
+
+class Alarm:
+    """Signal handlers of every form; each raises what would else be an engine's own error."""
+
+    def function(*_):
+        raise TimeoutError("too long")
+
+    def __call__(self, signum, frame):
+        raise RuntimeError("too long")
+
+    def method(self, signum, frame):
+        raise ImportError("too long")
+
+    def through_another(self, signum, frame):
+        self.method(signum, frame)
+
+
+HANDLERS = (Alarm.function, Alarm(), Alarm().method, partial(Alarm.function, 3), Alarm().through_another)
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_what_a_signal_raises_in_an_import_or_an_answer_is_the_callers(handler, installed):
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+
+        def interrupted(*_):
+            try:
+                signal.raise_signal(signal.SIGALRM)
+            except Exception as error:
+                raise ValueError("said again in other words") from error
+
+        installed(Entry(interrupted))
+        with pytest.raises(ValueError, match="other words"):
+            find_backends()
+        installed(Entry(lambda: engine(unavailable=lambda: signal.raise_signal(signal.SIGALRM))))
+        with pytest.raises((TimeoutError, RuntimeError, ImportError), match="too long"):
+            explain(x, x, x)
+        # the same error, but not out of the handler
+        installed(Entry(raising(RuntimeError("too long"))))
+        assert isinstance(find_backends()["theirs"], Broken)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 NO_LIST = "must answer with a list of strings, got"

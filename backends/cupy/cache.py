@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flexref import cache_folder
 from flexref.cache_folder import CacheWarning
+from flexref.interrupts import of_a_signal
 
 
 def kept(name: str, make: Callable[[], bytes]) -> Path:
@@ -17,6 +18,8 @@ def kept(name: str, make: Callable[[], bytes]) -> Path:
         try:
             cache_folder.write(path, content)
         except OSError as error:
+            if of_a_signal(error):
+                raise
             text = f"{path} cannot be written ({error}), so it is kept for this process alone."
             warnings.warn(text, CacheWarning, stacklevel=2)
             path = cache_folder.own_folder("cupy") / name

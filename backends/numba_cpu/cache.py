@@ -5,6 +5,8 @@ it with LLVM's linker and never imports Numba.
 """
 from __future__ import annotations
 
+import _thread
+import atexit
 import ctypes
 import gc
 import hashlib
@@ -12,17 +14,19 @@ import threading
 import types
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 from flexref.cache_folder import CacheWarning, folder, keep
+from flexref.interrupts import of_a_signal
 
 _lock = threading.RLock()
 _loaded: dict[str, int] = {}
 _linkers: list = []
+_unfinished: set[Future] = set()
 _MAGIC = b"flexref kernel 1\n"
 # written in LLVM instructions; their source is the name of a number type
 DENSE = ("gemm", "transpose", "team")
@@ -32,14 +36,34 @@ def addresses_of(sources: dict[str, str]) -> dict[str, int]:
     """The address of each function, by name, from its filled kernel source. Safe from several threads."""
     keys = {name: _key(name, source) for name, source in sources.items()}
     if any(key not in _loaded for key in keys.values()):
-        # in a thread no signal's handler can break off an import or a compilation, which Numba would not survive: an
-        # interrupt reaches the caller, and the kernels are there for the next call
-        thread = ThreadPoolExecutor(1, thread_name_prefix="flexref-compile")
-        try:
-            thread.submit(_make, keys, sources).result()
-        finally:
-            thread.shutdown(wait=False)
+        _unbroken(partial(_make, keys, sources))
     return {name: _loaded[key] for name, key in keys.items()}
+
+
+def _unbroken(work: Callable[[], None]) -> None:
+    """Do it where no signal's handler breaks off an import or a compilation, which Numba would not survive: in a thread.
+
+    An interrupt reaches the caller, and the kernels are there for the next call. Such a thread starts in one step, where
+    threading.Thread.start could itself be broken off; so its end is waited for here, before the process ends.
+    """
+    done: Future = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        finally:
+            _unfinished.discard(done)
+
+    _unfinished.add(done)
+    _thread.start_new_thread(run, ())
+    done.result()
+
+
+atexit.register(lambda: wait(list(_unfinished)))
 
 
 def _make(keys: dict[str, str], sources: dict[str, str]) -> None:
@@ -81,6 +105,8 @@ def _load_or_compile(stem: str, name: str, source: str, translator: ThreadPoolEx
             address = _link(*_read(path))
             return lambda: address
         except Exception as error:
+            if of_a_signal(error):
+                raise
             warnings.warn(f"{path} is damaged ({error}); it is made again.", CacheWarning, stacklevel=2)
     from flexref.backends.numba_cpu import compiler
 

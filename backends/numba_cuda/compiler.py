@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from flexref.cache_folder import folder, keep
+from flexref.interrupts import of_a_signal
 
 _lock = threading.RLock()
 _functions: dict[str, Callable] = {}
@@ -55,6 +56,8 @@ def import_error() -> str:
         # what the machine code of every kernel is made and launched with
         names = import_module("cuda.core")
     except Exception as error:
+        if of_a_signal(error):
+            raise
         return f"numba-cuda cannot be imported ({type(error).__name__}: {error}): pip install 'flexref[numba-cuda]'"
     lacking = [name for name in ("LaunchConfig", "Linker", "ObjectCode", "Stream", "launch") if not hasattr(names, name)]
     return f"cuda.core has no {', '.join(lacking)}: pip install 'cuda-core>=0.6'" if lacking else ""

@@ -17,6 +17,7 @@ import torch
 
 from flexref.backends.triton import OLDEST, launch, launch_backward, tiles
 from flexref.backends.triton.call import Call
+from flexref.interrupts import of_a_signal
 from flexref.problem import Problem, Tensors
 
 Clock = Callable[[Callable[[], object]], float]
@@ -65,6 +66,8 @@ def _seconds(kernel: str, tile: tiles.Tile, problem: Problem, tensors: Tensors, 
             )
         return time_of(lambda: launch.forward(problem, tensors, Tuned(problem, tensors)))
     except Exception as error:
+        if of_a_signal(error):
+            raise
         # Triton tells of a tile that cannot be in many ways; a programming error would fail for every tile
         print(f"  {kernel} {tuple(tile)}: {type(error).__name__}", file=sys.stderr)
         return None

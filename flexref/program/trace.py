@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flexref.errors import TraceError
+from flexref.interrupts import of_a_signal
 from flexref.program import mistakes, places
 from flexref.program.builder import Builder, Ref, type_of
 from flexref.program.closure import Leaves
@@ -62,6 +63,8 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
         except TraceError:
             raise
         except Exception as error:
+            if of_a_signal(error):
+                raise
             raise mistakes.failed(fn, kind, error) from error
     graph, scalars = lift(builder.graph({"out": out}), captured_numbers(leaves))
     recipes = tuple(map(recorder.kitchen.recipe, recorder.captured))
