@@ -44,6 +44,9 @@ FAULTS: dict[str, Case] = {
     "writes to query": _plain.but(scale=0.3),
     "no mask in backward": _plain.but(mask="q_idx >= kv_idx", score="score + bias[h, q_idx, kv_idx]"),
     "slope of score_mod left out": _plain.but(score="cap * torch.tanh(score / cap)"),
+    "a branch that was not taken is multiplied by 0": _plain.but(
+        score="torch.where(score < 1000.0, score, torch.exp(gain + score * score * 1e9))"
+    ),
     "dq misses the scale": _plain,
     "dk of one query head of the group": _plain,
     "dv of one query head of the group": _plain,

@@ -51,6 +51,20 @@ def test_slopes_where_a_mod_bends(backend: Backend):
         check_case(backend, shape.but(score=score))
 
 
+def test_a_branch_that_was_not_taken_contributes_nothing(backend: Backend):
+    # the other branch has an infinite or a NaN derivative, in float64 too; nobody takes those that only a tensor makes
+    shape = Case(q_len=20, kv_len=33, head_dim=4, kv_heads=2, wants=ALL)
+    for score in (
+        "torch.where(score > 0, score, torch.exp(score * -1e9) * 0 + torch.exp(score))",
+        "torch.where(kv_idx >= 0, score, torch.exp(slope[h] * slope[h] * 1e9))",
+        "torch.where(q_idx > kv_idx, score * gain, score + torch.sqrt(gain - 1000.0))",
+        "torch.exp(score * score * 1e9).clamp(max=2.0) + score",
+        "torch.maximum(score, -torch.exp(row[q_idx] * row[q_idx] * 1e9))",
+        "(score * 0.5).masked_fill(q_idx < kv_idx, 1.0) + torch.relu(-1.0 - torch.exp(score * score * 1e9))",
+    ):
+        check_case(backend, shape.but(score=score))
+
+
 def test_float64_captured_by_a_float32_problem(backend: Backend):
     check_case(
         backend,

@@ -6,6 +6,8 @@ the faults of fused kernels can be planted. The masks and mods are the user's ow
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -206,8 +208,15 @@ class _Sweep:
         post = score[allowed]
         if b.numel():
             with _StandIns(self.leaves):
-                post = at_each_position(self.tensors.score_mod, score.dtype)(post, b, h, q_idx, kv_idx).to(score.dtype)
+                post = self.asked()(post, b, h, q_idx, kv_idx).to(score.dtype)
         return torch.full_like(score, -torch.inf).masked_scatter(allowed, post)
+
+    def asked(self) -> Callable:
+        score_mod = self.tensors.score_mod
+        assert score_mod is not None
+        if self.fault == "a branch that was not taken is multiplied by 0":
+            return torch.vmap(score_mod)
+        return at_each_position(score_mod, self.problem.acc_dtype)
 
     def allowed(self, tile: slice) -> Tensor:
         shape = *self.shape[:3], tile.stop - tile.start

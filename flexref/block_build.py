@@ -18,6 +18,7 @@ from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
 from flexref.mod_objects import name_of
+from flexref.one_float import OneFloat
 from flexref.program.compiled import nothing_compiled, original
 from flexref.tensor_gate import check_surroundings
 from flexref.uncompiled import uncompiled
@@ -157,7 +158,10 @@ class Asker:
         return self._loop(self.number, b, h, q_idx, kv_idx)
 
     def _one(self, *at) -> Tensor:
-        return as_bool(self.mod, self.mod(*at), self.device)
+        # its whole numbers are those of the program that an engine runs; there is no accumulation type yet
+        with OneFloat(None):
+            answer = self.mod(*at)
+        return as_bool(self.mod, answer, self.device)
 
     def _raise_what_stays_wrong(self, error: Exception) -> None:
         """Explain errors that asking one position at a time would not mend."""

@@ -2,7 +2,8 @@
 
 `loops` is the definition: four loops, plain Python integers, one softmax a row. `einsum` says the same with
 whole tensors and is differentiable by torch autograd. Every backend is held to these two, so they import
-nothing of flexref but one_float.py (what numbers are in a mod) and call the user's own functions.
+nothing of flexref but one_float.py (what numbers are in a mod) and taken.py (a branch that was not taken has no
+gradient), and call the user's own functions.
 docs/semantics.md states the rules.
 
 Shapes: query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev); Hq is a multiple of Hkv.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flexref.one_float import OneFloat
+from flexref.taken import OneShape, follow
 
 ACC_DTYPE = {
     torch.float16: torch.float32,
@@ -170,12 +172,12 @@ def at_each_position(mod: Callable, acc: torch.dtype) -> Callable:
     """The mod for many positions: given flat tensors (N,), it sees 0-d tensors of one position, and answers with (N,)."""
 
     def at_one(*arguments: Tensor) -> Tensor:
-        with OneFloat(acc):
+        with OneShape(), OneFloat(acc):
             answer = mod(*arguments)
         # score_mod is given one argument more
         return torch.as_tensor(answer if len(arguments) == 5 else _truth(answer), device=arguments[0].device)
 
-    return torch.vmap(at_one)
+    return follow(torch.vmap(at_one))
 
 
 def _row_max(score: Tensor, allowed: Tensor) -> Tensor:

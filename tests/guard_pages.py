@@ -144,6 +144,22 @@ def out_of_range(engine, at_end: bool) -> None:
         raise AssertionError("no IndexError")
 
 
+def written_unnoticed(engine, at_end: bool) -> None:
+    """An index that PyTorch did not see written: an error, or another element of the table, and never a read beside it."""
+    table, ids = placed(torch.randn(8), at_end), placed(torch.zeros(15, dtype=torch.int64), at_end)
+    query = placed(torch.randn(1, 1, 15, 8), at_end)
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + table[ids[kv_idx]]
+
+    for index in (7, 8, -9, 10**9, -(10**15)):
+        ids.data[3] = index
+        try:
+            assert attend(engine, *prepare(query, query, query, mod)).out.isfinite().all()
+        except IndexError:
+            assert index != 7
+
+
 def engine_of(name: str) -> tuple[Any, list[Any]]:
     """The engine as it runs on a CPU, and its modules that allocate."""
     backend = importlib.import_module(f"flexref.backends.{name}")
@@ -202,6 +218,8 @@ def main(name: str, *faults: str) -> None:
                 call(engine, *case, at_end)
             print("out of range", flush=True)
             out_of_range(engine, at_end)
+            print("written unnoticed", flush=True)
+            written_unnoticed(engine, at_end)
     assert counts["Tensor"] > 10, counts
     print("all")
 

@@ -26,7 +26,8 @@ BELOW = {
     "index_error": "errors problem program",
     "index_proof": "recent problem program",
     "one_float": "",
-    "reference": "one_float",
+    "taken": "",
+    "reference": "one_float taken",
     "tensor_gate": "",
     "uncompiled": "",
     "torch_names": "",
@@ -35,7 +36,7 @@ BELOW = {
     "arrays": "tensor_gate",
     "argument_shapes": "",
     "program": "errors interrupts recent tensor_gate",
-    "block": "errors interrupts recent program tensor_gate uncompiled",
+    "block": "errors interrupts one_float recent program tensor_gate uncompiled",
     "variants": "errors program block",
     "problem": "errors program block",
     "backend": "errors interrupts problem program block",
@@ -43,7 +44,7 @@ BELOW = {
     "autograd": "errors recent backend problem program block",
     "dispatch": "errors recent uncompiled torch_names arrays autograd arguments backend problem program block",
     "backends": "errors interrupts cache_folder index_error index_proof recent problem program block",
-    "conformance": "errors recent reference autograd arguments backend problem program block variants",
+    "conformance": "errors recent reference taken autograd arguments backend problem program block variants",
 }
 BLOCK = ("mask_mods", "mod_objects")
 # lines of a file and of a function without its docstring; the suite, which is data in large part, may be longer

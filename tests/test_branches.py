@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from flexref import flex_attention
-from flexref.conformance.taken import follow
 from flexref.program.builder import Builder
 from flexref.program.derive import by_autograd, derive
 from flexref.program.interpret import interpret
 from flexref.program.ir import check
 from flexref.program.trace import trace
+from flexref.taken import OneShape, follow
 from flexref.variants import score_mods
 
 table = torch.tensor([-300.0, -2.0, -1.0, -0.5, 0.0, 0.25, 1.0, 3.0, 90.0, 400.0])
@@ -113,7 +113,8 @@ def test_a_drawn_program_agrees_with_an_autograd_that_follows_the_branches(seed)
     score, elements = (x.double().requires_grad_() for x in (SCORE.clone(), table.clone()))
     with torch.no_grad():
         counts = computed(formula, score, elements, index).isfinite().expand(len(table))
-    out = follow(lambda s, t, q: computed(formula, s, t, q))(score, elements, index)
+    with OneShape():
+        out = follow(lambda s, t, q: computed(formula, s, t, q))(score, elements, index)
     want = (None, None)
     if out.requires_grad:
         want = torch.autograd.grad(out.expand(len(table)).sum(), (score, elements), allow_unused=True)

@@ -467,7 +467,7 @@ class TestEmitter:
             "const bool v5 = v3 < v4;",
         ]
 
-    def test_a_read_is_checked_wrapped_or_neither(self):
+    def test_a_read_is_checked_or_kept_in_range_or_neither(self):
         bias = torch.zeros(4, 6)
 
         def mod(s, b, h, q, k):
@@ -476,7 +476,8 @@ class TestEmitter:
         checked = self.lines(mod)
         assert "wrong |= v3_1_bad && concerned;" in checked and "if (v3_1_bad) v3_1 = 0;" in checked
         wrapped = self.lines(mod, checked=False)
-        assert "const long long v3_1 = q_idx < 0 ? q_idx + p.captured[4] : q_idx;" in wrapped
+        assert "long long v3_1 = q_idx < 0 ? q_idx + p.captured[4] : q_idx;" in wrapped
+        assert "if (v3_1_bad) v3_1 = 0;" in wrapped and not any("wrong" in line for line in wrapped)
         proved = self.lines(mod, safe=frozenset({(3, 0), (3, 1)}))
         assert proved[:2] == ["const long long v3_0 = h;", "const long long v3_1 = q_idx;"]
         read = "const real v3 = read_float<float>(p.captured[0], v3_0 * p.captured[1] + v3_1 * p.captured[3]);"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexref import one_float, reference
+from flexref import one_float, reference, taken
 from flexref.reference import einsum, loops
 
 functorch = vars(torch._C)["_functorch"]
@@ -423,14 +423,14 @@ def test_r14_any_strides_and_nothing_is_written():
     assert all(torch.equal(x, y) for x, y in zip(before, (q, k, v), strict=True))
 
 
-def test_the_reference_imports_nothing_of_flexref_but_what_numbers_are():
+def test_the_reference_imports_nothing_of_flexref_but_what_numbers_and_branches_are():
     imported = [
         line
-        for module in (reference, one_float)
+        for module in (reference, one_float, taken)
         for line in inspect.getsource(module).splitlines()
         if line.startswith(("import", "from")) and "flexref" in line
     ]
-    assert imported == ["from flexref.one_float import OneFloat"]
+    assert imported == ["from flexref.one_float import OneFloat", "from flexref.taken import OneShape, follow"]
 
 
 # the reference as a backend

@@ -13,6 +13,7 @@ from flexref.program.trace import trace
 
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
+table = torch.linspace(-1, 1, 9, requires_grad=True)
 
 
 def dense(x, mod):
@@ -100,3 +101,37 @@ def test_a_function_of_the_callers_around_a_call_is_no_part_of_the_mod():
     assert out is not None
     out.sum().backward()
     assert query.grad is not None
+
+
+def asks_autograd(call):
+    def mod(s, b, h, i, j):
+        y = s * table[i]
+        call(y)
+        return y
+
+    return mod
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    {
+        "register_hook": lambda y: y.register_hook(lambda grad: 2 * grad),
+        "retain_grad": lambda y: y.retain_grad(),
+        "requires_grad_": lambda y: y.requires_grad_(False),
+        "backward": lambda y: y.backward(),
+    }.items(),
+)
+def test_autograd_cannot_be_asked_within_a_mod(name, call):
+    with pytest.raises(TraceError, match=rf"calls {name}\(\), at .*test_stops.py:.*detach"):
+        flex_attention(q, k, v, asks_autograd(call))
+
+
+def test_a_checkpoint_within_a_mod_changes_nothing():
+    def mod(s, b, h, i, j):
+        return checkpoint(lambda x: torch.tanh(x * table[i]), s, use_reentrant=False)
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    got = torch.autograd.grad(flex_attention(*leaves, mod).square().sum(), [*leaves, table])
+    out = flex_attention(*leaves, lambda s, b, h, i, j: torch.tanh(s * table[i]))
+    for a, b in zip(got, torch.autograd.grad(out.square().sum(), [*leaves, table]), strict=True):
+        assert torch.equal(a, b)

@@ -36,7 +36,7 @@ def _math(name: str, count: int = 1) -> str:
 class CudaEmitter(Emitter):
     """Prints for one kernel: `captures` say how to read, `small` which int nodes fit 32 bits, `safe` which reads are in range.
 
-    `checked`: a read that was not proved to be in range is kept there, and `wrong` remembers that it was not.
+    `checked`: of a read that was not proved to be in range, and is kept there, `wrong` remembers that it was not.
     """
 
     spell = {
@@ -155,7 +155,7 @@ class CudaEmitter(Emitter):
         return node.type == "int" and (node.op == "input" or position in self.small)
 
     def _read(self, name: str, position: int, node: Node, names: list[str]) -> list[str]:
-        """Every index wraps if it is negative, unless it was proved not to be, and is kept in range if that is asked for."""
+        """Every index wraps if it is negative and is kept in range, unless its bounds were proved; `wrong` remembers."""
         buffer = int(node.attr)  # type: ignore[arg-type]
         start = table_start(self.captures, buffer)
         lines, terms = [], []
@@ -164,16 +164,13 @@ class CudaEmitter(Emitter):
             if (position, dim) in self.safe:
                 lines.append(f"const long long {at} = {names[arg]};")
             else:
-                wrapped = f"{names[arg]} < 0 ? {names[arg]} + {size} : {names[arg]}"
+                lines += [
+                    f"long long {at} = {names[arg]} < 0 ? {names[arg]} + {size} : {names[arg]};",
+                    f"const bool {at}_bad = {at} < 0 || {at} >= {size};",
+                ]
                 if self.checked:
-                    lines += [
-                        f"long long {at} = {wrapped};",
-                        f"const bool {at}_bad = {at} < 0 || {at} >= {size};",
-                        f"wrong |= {at}_bad && concerned;",
-                        f"if ({at}_bad) {at} = 0;",
-                    ]
-                else:
-                    lines.append(f"const long long {at} = {wrapped};")
+                    lines.append(f"wrong |= {at}_bad && concerned;")
+                lines.append(f"if ({at}_bad) {at} = 0;")
             terms.append(f"{at} * p.captured[{start + 1 + 2 * dim}]")
         read = _READS[str(self.captures[buffer].dtype)].format(f"p.captured[{start}]", " + ".join(terms) or "0")
         kind = {"bool": "bool", "float": "real"}.get(node.type, "long long")

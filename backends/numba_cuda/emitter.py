@@ -43,13 +43,10 @@ class NumbaCudaEmitter(NumbaSpelling):
             lines.append(f"{at} = int64({index})")
             if (position, dim) not in self.safe:
                 lines.append(f"{at} = select({at} < 0, {at} + {size}, {at})")
+                lines.append(f"{at}_bad = ({at} < 0) | ({at} >= {size})")
                 if self.checked:
-                    lines += [
-                        f"{at}_bad = ({at} < 0) | ({at} >= {size})",
-                        f"if {at}_bad & concerned:",
-                        "    errors[0] = 1",
-                        f"{at} = select({at}_bad, int64(0), {at})",
-                    ]
+                    lines += [f"if {at}_bad & concerned:", "    errors[0] = 1"]
+                lines.append(f"{at} = select({at}_bad, int64(0), {at})")
             terms.append(f"{at} * {stride}")
         element = f"c{buffer}[{' + '.join(terms) or '0'}]"
         return [*lines, f"{name} = {_READS.get(str(self.captures[buffer].dtype), 'int64({0})').format(element)}"]

@@ -24,8 +24,8 @@ _JUMPS = frozenset(
 class TritonEmitter(Emitter):
     """Prints for one kernel: `captures` say how to read, `small` which int nodes fit 32 bits, `safe` which reads are in range.
 
-    `near`: the captured tensors whose every element is less than 2^31 elements from the first. `checks`: the reads that
-    are not in `safe` are checked, and `wrong` remembers; else all are known to be in range, where negative ones wrap.
+    `near`: the captured tensors whose every element is less than 2^31 elements from the first. `checks`: the
+    reads that are not in `safe` are checked, and `wrong` remembers; either way they wrap and are kept in range.
     `rough`: the operations of _ROUGH may be off by some units in the last place, where nothing that jumps comes after.
     """
 
@@ -141,7 +141,7 @@ class TritonEmitter(Emitter):
         return super().statements(name, node, graph, names)
 
     def _load(self, name: str, position: int, node: Node, names: list[str]) -> list[str]:
-        """Every index wraps if it is negative; where nothing proves it, it is checked, and kept in range."""
+        """Every index wraps if it is negative and is kept in range, unless its bounds were proved; `wrong` remembers."""
         buffer = int(node.attr)  # type: ignore[arg-type]
         capture, width = self.captures[buffer], _NARROW if buffer in self.near else _WIDE
         lines, terms = [], []
@@ -151,12 +151,10 @@ class TritonEmitter(Emitter):
                 lines.append(f"{at} = {names[arg]}.to({width})")
             else:
                 lines += [f"{at} = {names[arg]}.to({_WIDE})", f"{at} = tl.where({at} < 0, {at} + {size}, {at})"]
+                lines.append(f"{at}_bad = ({at} < 0) | ({at} >= {size})")
                 if self.checks:
-                    lines += [
-                        f"{at}_bad = ({at} < 0) | ({at} >= {size})",
-                        f"wrong = wrong | ({at}_bad & concerned)",
-                        f"{at} = tl.where({at}_bad, 0, {at})",
-                    ]
+                    lines.append(f"wrong = wrong | ({at}_bad & concerned)")
+                lines.append(f"{at} = tl.where({at}_bad, 0, {at})")
                 lines.append(f"{at} = {at}.to({width})")
             terms.append(f"{at} * c{buffer}_s{dim}")
         read = f"tl.load(c{buffer} + ({' + '.join(terms)}))" if terms else f"tl.load(c{buffer})"

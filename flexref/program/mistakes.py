@@ -33,6 +33,7 @@ _REDUCTIONS = frozenset(
     """sum mean prod amax amin aminmax argmax argmin softmax log_softmax cumsum cumprod sort topk any all logsumexp
     norm var std median mode cummax cummin kthvalue nansum nanmean unique argsort""".split()
 )
+_AUTOGRAD = frozenset("backward register_hook register_post_accumulate_grad_hook retain_grad requires_grad_".split())
 _RULES = {
     "decision": "a mod is traced once for all positions, so Python cannot branch on or convert a traced value",
     "reduction": "a mod sees one score at a time, so it cannot reduce over rows or columns",
@@ -58,6 +59,9 @@ def refuse(fn: Callable, kind: str, name: str, args: tuple, of_tensors: bool) ->
         raise _broken(fn, kind, "reduction", f"calls {name}()", "compute it before the call and capture the result as a tensor")
     if name in _RANDOM:
         raise _broken(fn, kind, "random", f"calls {name}()", "draw the numbers before the call and capture them as a tensor")
+    if name in _AUTOGRAD:
+        what, instead = f"calls {name}()", "write plain operations; hook tensors outside of the mod; detach() stops a gradient"
+        raise _broken(fn, kind, "own_backward", what, instead)
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or name == "__setitem__" or (name.startswith("__i") and name[3:] in _IN_PLACE):
         raise _broken(
@@ -95,7 +99,7 @@ def without_in_place(name: str) -> str | None:
     if name.startswith("__i") and name[3:] in _IN_PLACE:
         return f"__{name[3:]}"
     plain = name[:-1] if name.endswith("_") and not name.endswith("__") else ""
-    return plain if plain not in _RANDOM and hasattr(Tensor, plain) else None
+    return plain if plain not in _RANDOM and callable(getattr(Tensor, plain, None)) else None
 
 
 def in_place(fn: Callable, kind: str, name: str, new: torch.dtype, old: torch.dtype) -> TraceError:
