@@ -20,7 +20,7 @@ from flexref.interrupts import of_a_signal
 from flexref.mod_objects import name_of
 from flexref.one_float import OneFloat
 from flexref.program.compiled import nothing_compiled, original
-from flexref.tensor_gate import check_surroundings
+from flexref.tensor_gate import check_memory, check_surroundings
 from flexref.uncompiled import uncompiled
 
 # positions asked at once: a few temporaries of int64 still fit into a cache
@@ -32,6 +32,8 @@ _WORTH_TRACING = 1 << 20
 def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
     """The lists of `mask_mod`: exact, ascending, no block listed that has no allowed position."""
     check_surroundings()
+    if device.type == "meta":
+        raise ValueError("device is meta, where the lists of a block mask would have no numbers; build it on the CPU or a GPU.")
     with torch.no_grad():
         program = None
         if grid.B * grid.H * grid.q_len * grid.kv_len > _WORTH_TRACING:
@@ -54,13 +56,19 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
 
 
 def _program(mask_mod: Callable, device: torch.device):
-    """The traced mod, or None for one that cannot be traced, or reads another device: asking it will say so."""
+    """The traced mod, or None for one that cannot be traced, or reads another device: asking it will say so.
+
+    Raises TypeError or ValueError where it reads a tensor that has no memory of its own.
+    """
     from flexref.program.mods import traced_mod
 
     try:
         program = traced_mod(mask_mod, "mask", torch.float32)
     except TraceError:
         return None
+    for name, x in zip(program.names, program.captured, strict=True):
+        if not x.is_meta:
+            check_memory(f"the captured tensor {name}", x)
     return None if any(x.dim() and x.device.type != device.type for x in program.captured) else program
 
 
@@ -154,6 +162,8 @@ class Asker:
                 if of_a_signal(error):
                     raise
                 self._raise_what_stays_wrong(error)
+                # what has no memory may still answer one position at a time, in minutes
+                _program(self.mod, self.device)
                 self.number = self._working_number(b, h, q_idx, kv_idx)
         return self._loop(self.number, b, h, q_idx, kv_idx)
 

@@ -33,10 +33,12 @@ _TRANSFORMS = {
     "Functionalize": "torch.func.functionalize; call it outside",
 }
 _NO_MEMORY = "tensors made there have no memory; call it outside"
+_RECORDED = "make_fx and torch.export record operations of PyTorch, and its kernels are none; call it outside"
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _MODES = {
     "FakeTensorMode": _NO_MEMORY,
     "FunctionalTensorMode": _NO_MEMORY,
-    "ProxyTorchDispatchMode": "make_fx and torch.export record operations of PyTorch, and its kernels are none; call it outside",
+    "ProxyTorchDispatchMode": _RECORDED,
 }
 
 
@@ -79,9 +81,15 @@ def check_surroundings() -> None:
         from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
         for mode in _get_current_dispatch_mode_stack():
-            name = type(mode).__name__
-            if name in _MODES:
-                raise TypeError(f"flexref cannot run inside {name}: {_MODES[name]}.")
+            for kind in type(mode).__mro__:
+                if kind.__name__ in _MODES:
+                    raise TypeError(f"flexref cannot run inside {type(mode).__name__}: {_MODES[kind.__name__]}.")
+            # a mode of somebody else's: whatever it is for, what is made under it must have memory
+            made = torch.empty(1, device="cpu")
+            if type(made) is not Tensor or not made.data_ptr():
+                raise TypeError(f"flexref cannot run inside {type(mode).__name__}: {_NO_MEMORY}.")
+    if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+        raise TypeError(f"flexref cannot run inside make_fx(pre_dispatch=True): {_RECORDED}.")
 
 
 def plain(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -58,6 +59,39 @@ def test_a_model_that_calls_us_has_one_graph_break_with_our_reason(backend, dyna
     assert "flexref's flex_attention compiles kernels of its own and runs between two graphs" in reason
 
 
+INDUCTOR = """
+import sys, torch, flexref
+from torch._dynamo.utils import counters
+
+@torch.compiler.disable
+def trivial(query, key, value, score_mod=None, mask_mod=None):
+    return query * 1.0
+
+def model(query, key, value):
+    causal = lambda b, h, q_idx, kv_idx: q_idx >= kv_idx
+    return (attention(query * 2, key, value, lambda s, b, h, i, j: 20 * torch.tanh(s / 20), mask_mod=causal) + 1).square().sum()
+
+frames = []
+for attention in (trivial, flexref.flex_attention):
+    torch._dynamo.reset()
+    counters.clear()
+    leaves = [torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3)]
+    found = [torch.autograd.grad(f(*leaves), leaves, allow_unused=True) for f in (torch.compile(model), model)]
+    frames.append((dict(counters["frames"]), len(counters["graph_break"])))
+for got, want in zip(*found):
+    torch.testing.assert_close(got, want)
+assert frames[0] == frames[1] and frames[1][1] == 1, frames
+"""
+
+
+def test_with_a_cold_cache_and_the_default_compiler_no_more_is_compiled_than_around_a_function_of_one_line(tmp_path):
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "FLEXREF_CACHE": str(tmp_path / "flexref")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INDUCTOR], env=os.environ | caches, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_model_under_no_grad_and_checkpointing(fresh):
     def checkpointed(q, k, v):
         return checkpoint(model, q, k, v, use_reentrant=False)
@@ -100,6 +134,19 @@ def test_another_number_of_a_mod_is_another_call(fresh):
         assert torch.equal(compiled(q, k, v), capped(q, k, v))
 
 
+def test_a_nested_block_mask_is_made_between_two_graphs(fresh):
+    nested = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (5, 9)], layout=torch.jagged).transpose(1, 2)
+
+    def masked(x):
+        y = x * 2
+        mask = flexref.create_nested_block_mask(causal, None, None, nested, BLOCK_SIZE=16)
+        return y + mask.sparsity()
+
+    x = torch.randn(3)
+    torch.testing.assert_close(torch.compile(masked, backend="eager")(x), masked(x))
+    assert any("flexref's create_nested_block_mask" in reason for reason in fresh["graph_break"])
+
+
 def test_methods_of_a_block_mask_break_cleanly(fresh):
     def masked(q):
         x = q * 2
@@ -133,12 +180,14 @@ def test_other_tracers_are_told_in_one_sentence():
 
     q, k, v = (x.detach() for x in inputs())
     for how in ("real", "fake"):
-        with pytest.raises(TypeError, match="flexref cannot run inside"):
-            make_fx(lambda q, k, v: flex_attention(q, k, v), tracing_mode=how)(q, k, v)
+        for early in (False, True):
+            with pytest.raises(TypeError, match="flexref cannot run inside .*; call it outside"):
+                make_fx(lambda q, k, v: flex_attention(q, k, v), tracing_mode=how, pre_dispatch=early)(q, k, v)
     with pytest.raises(TypeError, match="flexref cannot run inside torch.jit.trace"):
         torch.jit.trace(Exported(), (q, k, v))
-    with pytest.raises(Exception, match="flexref"):
-        torch.export.export(Exported(), (q, k, v))
+    for strict, says in ((False, "flexref cannot run inside .*; call it outside"), (True, "flexref's flex_attention")):
+        with pytest.raises(Exception, match=says):
+            torch.export.export(Exported(), (q, k, v), strict=strict)
     with FlopCounterMode(display=False):
         assert torch.equal(flex_attention(q, k, v), flex_attention(q, k, v))
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -135,3 +136,32 @@ def test_a_checkpoint_within_a_mod_changes_nothing():
     out = flex_attention(*leaves, lambda s, b, h, i, j: torch.tanh(s * table[i]))
     for a, b in zip(got, torch.autograd.grad(out.square().sum(), [*leaves, table]), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_profiler_at_work_goes_on_and_sees_the_refusal_too():
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        with pytest.raises(TraceError, match="calls a torch.autograd.Function"):
+            trace(lambda s, b, h, i, j: ReturnsItsArgument.apply(s), "score")
+        trace(lambda s, b, h, i, j: s * 1.5, "score")
+        quiet(torch.ones(1))
+    finally:
+        profiler.disable()
+    assert any(name == "quiet" for _, _, name in pstats.Stats(profiler).stats)  # type: ignore[attr-defined]
+    assert sys.getprofile() is None
+    calls = []
+
+    def watch(frame, event, called):
+        calls.append(event)
+
+    sys.setprofile(watch)
+    try:
+        trace(lambda s, b, h, i, j: s * 2.5, "score")
+        quiet(torch.ones(1))
+        assert sys.getprofile() is watch and calls
+    finally:
+        sys.setprofile(None)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexref import BlockMask, create_block_mask, explain, flex_attention
 from flexref.errors import TraceError
@@ -256,6 +257,28 @@ def test_modes_that_make_tensors_without_memory_are_refused():
         flex_attention(x, x, x)
     with FlopCounterMode(display=False):
         assert torch.equal(flex_attention(x, x, x), flex_attention(x, x, x))
+    for mode in (type("MyFakeTensorMode", (FakeTensorMode,), {}), MakesMeta):
+        for call in (lambda: flex_attention(x, x, x), lambda: create_block_mask(causal, 1, 1, 16, 16, "cpu", 8)):
+            with mode(), pytest.raises(TypeError, match=f"cannot run inside {mode.__name__}: tensors made there have no memory"):
+                call()
+
+
+class MakesMeta(TorchDispatchMode):
+    """Somebody's mode that makes every new tensor one without memory."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result.to("meta") if func is torch.ops.aten.empty.memory_format else result
+
+
+def test_a_mask_on_meta_or_of_a_tensor_without_memory_is_refused_at_once():
+    with pytest.raises(ValueError, match="device is meta, where the lists of a block mask would have no numbers"):
+        create_block_mask(causal, 1, 1, 16, 16, device="meta")
+    make, says = KINDS["masked"]
+    table = make(torch.arange(4000.0))
+    for length in (8, 4000):
+        with pytest.raises(TypeError, match=f"the captured tensor table {says}"):
+            create_block_mask(lambda b, h, q_idx, kv_idx: table[q_idx] >= kv_idx, 1, 1, length, length, device="cpu")
 
 
 DISTRIBUTED = """

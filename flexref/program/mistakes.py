@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
 import torch
@@ -81,17 +79,9 @@ def refuse_number(fn: Callable, kind: str, func: Callable, name: str) -> None:
         raise _broken(fn, kind, "decision", what, "read it before the call and capture the number")
 
 
-def refuse_own_backward(fn: Callable, kind: str, tracer: CodeType) -> None:
-    """Raise TraceError inside a torch.autograd.Function that the mod calls: the program would not know its backward.
-
-    `tracer`: the code that called the mod; one further out, such as a checkpoint around the whole call, is the caller's own.
-    """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not tracer:
-        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:
-            instead = "write it in plain operations; a straight-through value is x + (f(x) - x).detach()"
-            raise _broken(fn, kind, "own_backward", "calls a torch.autograd.Function", instead)
-        frame = frame.f_back
+def own_backward(fn: Callable, kind: str) -> TraceError:
+    instead = "write it in plain operations; a straight-through value is x + (f(x) - x).detach()"
+    return _broken(fn, kind, "own_backward", "calls a torch.autograd.Function", instead)
 
 
 def without_in_place(name: str) -> str | None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
-from flexref.program import mistakes, places
+from flexref.program import mistakes, own_backward, places
 from flexref.program.builder import Builder, Ref, type_of
 from flexref.program.closure import Leaves
 from flexref.program.compiled import nothing_compiled
@@ -132,7 +132,7 @@ class _Recorder(TorchFunctionMode):
         names = SIGNATURES[self.kind]
         dtypes = [self.acc_dtype if name == "score" else torch.int64 for name in names]
         refs = [Ref(self.builder.input(name)) for name in names]
-        with self:
+        with self, own_backward.refused(lambda: mistakes.own_backward(self.fn, self.kind)):
             result = self.fn(*(Value(self.builder, r, d) for r, d in zip(refs, dtypes, strict=True)))
         return self.result(result)
 
@@ -165,7 +165,6 @@ class _Recorder(TorchFunctionMode):
     def recorded(self, func, args: tuple, kwargs: dict):
         """The result of one call that the mod makes."""
         name = getattr(func, "__name__", "")
-        mistakes.refuse_own_backward(self.fn, self.kind, _Recorder.call.__code__)
         if name == "__get__" and getattr(func, "__self__", None) is Tensor.data:
             return self.recorded(Tensor.detach, args, kwargs)
         if name == "__getitem__" and self.is_captured(args[0]):
