@@ -202,7 +202,10 @@ def explain(
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Explanation:
-    """What flex_attention would do with the same arguments, without doing it. Raises what it would, but Unsupported."""
+    """What flex_attention would do with the same arguments, which are described there, without doing it: print the result.
+
+    It names the engine, every other one's reasons, and whether each mod is kept. Raises what it would, but Unsupported.
+    """
     _, max_scores = _wanted_aux(return_aux)
     settings = scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
     problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)

@@ -222,7 +222,12 @@ def create_mask(
     KV_LEN: int,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Which positions a mask_mod allows, or a score_mod does not make -inf: bool (B, H, Q_LEN, KV_LEN), dense."""
+    """Which positions a mask_mod allows, or a score_mod does not make -inf: bool (B, H, Q_LEN, KV_LEN), dense.
+
+    mod_fn: mask_mod(b, h, q_idx, kv_idx) -> bool, or score_mod(score, b, h, q_idx, kv_idx), which is asked with a score of 0.
+    B, H: None is 1. device None: the accelerator, or else the CPU. Raises TypeError or ValueError for wrong arguments and
+    for a mod of another arity or result, IndexError for one that reads a captured tensor out of range.
+    """
     is_score = kind_of_mod(mod_fn) == "score"
     B, H, q_len, kv_len = checked_sizes(B, H, Q_LEN, KV_LEN)
     place = checked_device(device)
