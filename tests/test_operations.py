@@ -14,6 +14,7 @@ from torch import Tensor
 from flexref.arguments import prepare
 from flexref.autograd import attend
 from flexref.errors import TraceError
+from flexref.program.activations import SHARED_TIES
 from flexref.program.derive import derive
 from flexref.program.interpret import interpret
 from flexref.program.trace import Traced, trace
@@ -87,6 +88,8 @@ def judge(name: str, got: list[Tensor], plain: list[Tensor], exact: list[Tensor]
         budget += (1e-10 if name in SLACK else 2**-50) if double else SLACK.get(name, 0.0)
         wrong = decided & ((kind(a) != kind(c)) | (c.isfinite() & ((a - c).abs() > budget)))
         if i:
+            # from 2.14 on PyTorch gives fmax and fmin of a number and NaN a gradient to both
+            wrong &= ~(sum(x.isnan() for x in xs) > 0) if SHARED_TIES and name in ("fmax", "fmin") else True
             wrong &= ~torch.tensor([(name, *pair) in UNDEFINED for pair in zip(*(x.tolist() for x in xs), strict=True)])
         places = wrong.nonzero().flatten().tolist()
         told = [f"at {[x[j].item() for x in xs]}: {a[j]}, PyTorch {b[j]}, float64 {c[j]}" for j in places]

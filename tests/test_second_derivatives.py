@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from flexref import flex_attention
 
 # PyTorch makes formulas for its forward mode with a part of it that it warns of
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning")
 BACKENDS = ("numba_cpu", "reference")
 TWICE = "flex_attention is differentiated twice, and it has first derivatives only; leave out create_graph"
 

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch.torch_version import TorchVersion
+
 from flexref.program.terms import Term, op, rows, where
+
+# until 2.13 what lies at a bound, or is as great as the other, had the whole derivative of clamp, fmax and fmin
+SHARED_TIES = TorchVersion(torch.__version__) >= "2.14"
 
 
 def clamp(x: Term, low=None, high=None, **_) -> Term:
-    """By selection, so that the derivative at a bound is 1, as PyTorch's is; maximum would share it out."""
+    """By selection, so that the derivative at a bound is that of this PyTorch: of a number 1 or 0, of a tensor 1 or shared."""
+    if SHARED_TIES and any(isinstance(bound, Term) for bound in (low, high)):
+        x = x if low is None else op("maximum", x, low)
+        return x if high is None else op("minimum", x, high)
+    if SHARED_TIES:
+        x = x if low is None else where(x <= low, low, x)
+        return x if high is None else where(x >= high, high, x)
     x = x if low is None else where(x < low, low, x)
     return x if high is None else where(x > high, high, x)
 

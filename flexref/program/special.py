@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from flexref.program.activations import SHARED_TIES
 from flexref.program.terms import Term, op, rows, where
 
 _INF = float("inf")
@@ -106,10 +107,14 @@ def signbit(x: Term, **_) -> Term:
 
 def fmax(a: Term, b: Term, **_) -> Term:
     """The greater, or the one that is a number."""
+    if SHARED_TIES:
+        return where(op("isnan", b), a, where(op("isnan", a), b, op("maximum", a, b)))
     return where((a >= b) | op("isnan", b), a, b)
 
 
 def fmin(a: Term, b: Term, **_) -> Term:
+    if SHARED_TIES:
+        return where(op("isnan", b), a, where(op("isnan", a), b, op("minimum", a, b)))
     return where((a <= b) | op("isnan", b), a, b)
 
 
