@@ -1,13 +1,13 @@
 """Finds out which blocks a mask_mod leaves empty, fills, or cuts through, without ever holding a dense mask.
 
-Interval analysis of the traced mask_mod decides most blocks at once; what it leaves open is asked exactly: the user's own
-function at each position, some blocks at a time. The mod sees single positions (torch.vmap), so `table[b][q_idx]` means
-what it says; a mod that only works on Python numbers is asked in a loop.
+Interval analysis of the traced mask_mod decides most blocks at once (block_split.py); what it leaves open is asked exactly:
+the user's own function at each position, some blocks at a time. The mod sees single positions (torch.vmap), so
+`table[b][q_idx]` means what it says; a mod that only works on Python numbers is asked in a loop.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexref.block_arguments import as_bool, checked_device, checked_sizes, described, kind_of_mod
 from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
+from flexref.block_split import split
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
 from flexref.mod_objects import name_of
@@ -46,13 +47,11 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
             if not program.graph.uses("h"):
                 asked = asked._replace(H=min(grid.H, 1))
         decide = Decider(mask_mod, asked, device)
-
-        def kinds() -> Iterator[Tensor]:
-            for first, last in asked.strips():
-                known = _classified(program, asked, first, last, device)
-                yield decide(known, first, known == PARTIAL)
-
-        return broadcast(collect(kinds(), device), asked, grid)
+        if program is not None:
+            lists = split(program, asked, decide.decide, device)
+        else:
+            lists = collect((decide.strip(*ends) for ends in asked.strips()), device)
+        return broadcast(lists, asked, grid)
 
 
 def _program(mask_mod: Callable, device: torch.device):
@@ -72,30 +71,6 @@ def _program(mask_mod: Callable, device: torch.device):
     return None if any(x.dim() and x.device.type != device.type for x in program.captured) else program
 
 
-def _classified(program, grid: Grid, first: int, last: int, device: torch.device) -> Tensor:
-    """What intervals know of flat rows first..last: int8 (last - first, columns), PARTIAL where they do not."""
-    if program is None:
-        return torch.full((last - first, grid.columns), PARTIAL, dtype=torch.int8, device=device)
-    from flexref.program.intervals import classify_blocks
-
-    kv_ranges = _ranges(0, grid.columns, grid.kv_block, grid.kv_len)
-    parts = []
-    while first < last:
-        bh, row = divmod(first, grid.rows)
-        count = min(last - first, grid.rows - row)
-        q_ranges = _ranges(row, row + count, grid.q_block, grid.q_len)
-        b, h = divmod(bh, grid.H)
-        parts.append(classify_blocks(program.graph, program.captured, program.scalars, b, h, q_ranges, kv_ranges))
-        first += count
-    return torch.cat(parts).to(device)
-
-
-def _ranges(first: int, last: int, size: int, length: int) -> Tensor:
-    """The first and the last index of blocks first..last: int64 (blocks, 2)."""
-    starts = torch.arange(first, last, device="cpu") * size
-    return torch.stack([starts, (starts + size).clamp(max=length) - 1], 1)
-
-
 class Decider:
     """Asks a mask_mod about whole blocks, exactly."""
 
@@ -109,13 +84,20 @@ class Decider:
     def __call__(self, kinds: Tensor, first: int, wanted: Tensor) -> Tensor:
         """`kinds` (n, columns) of the flat rows from `first` on, with the wanted blocks decided."""
         flat = wanted.reshape(-1).nonzero()[:, 0]
-        for chunk in flat.split(max(1, _POSITIONS // (self.q_tile * self.kv_tile))):
-            if len(chunk):
-                kinds.view(-1)[chunk] = self.decide(chunk + first * self.grid.columns)
+        if len(flat):
+            kinds.view(-1)[flat] = self.decide(flat + first * self.grid.columns)
         return kinds
 
-    def decide(self, block: Tensor) -> Tensor:
+    def strip(self, first: int, last: int) -> Tensor:
+        """The kinds of flat rows first..last, each block asked: int8 (last - first, columns)."""
+        open_ = torch.full((last - first, self.grid.columns), PARTIAL, dtype=torch.int8, device=self.device)
+        return self(open_, first, open_ == PARTIAL)
+
+    def decide(self, blocks: Tensor) -> Tensor:
         """The kinds (N,) of blocks (N,), numbered flat row * columns + column."""
+        return torch.cat([self._some(part) for part in blocks.split(max(1, _POSITIONS // (self.q_tile * self.kv_tile)))])
+
+    def _some(self, block: Tensor) -> Tensor:
         grid = self.grid
         row, column = block // grid.columns, block % grid.columns
         b, h = row // grid.rows // grid.H, row // grid.rows % grid.H

@@ -15,6 +15,8 @@ from torch import Tensor
 EMPTY, PARTIAL, FULL = 0, 1, 2
 # blocks looked at together: bounds the memory of what goes through kinds
 _STRIP = 1 << 18
+# runs of columns written out together
+_RUNS = 64
 
 
 class Grid(NamedTuple):
@@ -136,6 +138,28 @@ def from_padded(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.iinfo(torch.int32).max
     flat = flat.clamp(-1, largest).masked_fill(~used, largest).sort(1).values
     return _offsets(counts), flat[used].to(torch.int32)
+
+
+def from_runs(row: Tensor, start: Tensor, length: Tensor, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lists from runs of columns, int64 (N,) each on the CPU, in order: by row, and by column in a row."""
+    counts = torch.zeros(rows, dtype=torch.int64, device="cpu").index_add_(0, row, length)
+    after = torch.ones(len(row), dtype=torch.bool, device="cpu")
+    after[1:] = (row[1:] != row[:-1]) | (start[1:] != start[:-1] + length[:-1])
+    ends = length.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    # runs that follow one another are one
+    start, first = start[after], (ends - length)[after]
+    length = torch.cat([first[1:], first.new_tensor([total])[: len(first)]]) - first
+    indices = torch.empty(total, dtype=torch.int32, device="cpu")
+    at = 0
+    for part in zip(start.split(_RUNS), length.split(_RUNS), strict=True):
+        columns, lengths = part
+        written = int(lengths.sum())
+        # the column of an entry is its run's first, and how far it is behind the run's first entry
+        shift = (columns - lengths.cumsum(0) + lengths).to(torch.int32).repeat_interleave(lengths)
+        torch.add(shift, torch.arange(written, dtype=torch.int32, device="cpu"), out=indices[at : at + written])
+        at += written
+    return _offsets(counts).to(device), indices.to(device)
 
 
 def first_problem(lists: Lists, grid: Grid) -> str | None:

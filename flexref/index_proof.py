@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flexref.problem import Problem, Tensors
-from flexref.program.intervals import Interval, evaluate_intervals, interval
+from flexref.program.interval import Interval, interval
+from flexref.program.intervals import evaluate_intervals
 from flexref.program.ir import Graph, Node
 from flexref.program.proofs import all_safe, safe_reads
 from flexref.recent import Recent

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexref.program.intervals import EMPTY, FULL, PARTIAL, classify_blocks, index_ranges
+from flexref.program.interval import Interval, interval
+from flexref.program.intervals import EMPTY, FULL, PARTIAL, Classifier, index_ranges
 from flexref.program.trace import trace
 
 documents = torch.tensor([0] * 20 + [1] * 50 + [2] * 7 + [5] * 123)
@@ -58,9 +59,12 @@ def exact(mask, b, h, q_ranges, kv_ranges, length, kv_len) -> torch.Tensor:
 def test_a_decided_block_is_what_it_is_said_to_be(name, length, kv_len, q_block, kv_block):
     mask = MASKS[name]
     traced = trace(mask, "mask")
+    classify = Classifier(traced.graph, traced.captured, traced.scalars)
     q_ranges, kv_ranges = ranges(length, q_block), ranges(kv_len, kv_block)
     for b, h in ((0, 0), (1, 2)):
-        kinds = classify_blocks(traced.graph, traced.captured, traced.scalars, b, h, q_ranges, kv_ranges)
+        q, kv = (x.double() for x in (q_ranges.repeat_interleave(len(kv_ranges), 0), kv_ranges.repeat(len(q_ranges), 1)))
+        kinds = classify(interval(b), interval(h), Interval(q[:, 0], q[:, 1]), Interval(kv[:, 0], kv[:, 1]))
+        kinds = kinds.view(len(q_ranges), len(kv_ranges))
         want = exact(mask, b, h, q_ranges, kv_ranges, length, kv_len)
         decided = kinds != PARTIAL
         assert torch.equal(kinds[decided], want[decided])

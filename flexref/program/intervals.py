@@ -1,34 +1,25 @@
 """What is known of a program without running it at every position: interval arithmetic over its nodes.
 
-An interval is a pair of float64 tensors (low, high), elementwise over whatever is asked about at once, such as all pairs
-of blocks; a bool is 0 or 1. Anything not understood is the widest interval, so every answer is safe.
+Elementwise over whatever is asked about at once, such as many tiles. Anything not understood is the widest interval, so
+every answer is safe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flexref.program.interval import Interval, interval
 from flexref.program.ir import Graph, Node
+from flexref.program.range_tables import Reader
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 _INF = float("inf")
 # a float comparison is only trusted if it holds by more than what rounding in float32 can change
 _MARGIN = 1e-4
-
-
-class Interval(NamedTuple):
-    low: Tensor
-    high: Tensor
-
-
-def interval(low: float | Tensor, high: float | Tensor | None = None) -> Interval:
-    """From numbers or tensors; one number is a point."""
-    low = torch.as_tensor(low, dtype=torch.float64, device="cpu")
-    return Interval(low, low if high is None else torch.as_tensor(high, dtype=torch.float64, device="cpu"))
+_EXACT = float(1 << 53)
 
 
 _WIDEST = {"bool": interval(0.0, 1.0), "int": interval(-_INF, _INF), "float": interval(-_INF, _INF)}
@@ -47,55 +38,44 @@ def evaluate_intervals(
         if node.op == "input":
             values.append(inputs.get(str(node.attr), _WIDEST[node.type]))
         elif node.op == "const":
-            values.append(interval(float(node.attr)))  # type: ignore[arg-type]
+            values.append(_whole(interval(float(node.attr))) if node.type == "int" else interval(float(node.attr)))  # type: ignore
         elif node.op == "scalar":
-            known = scalars is not None
-            values.append(interval(float(scalars[int(node.attr)])) if known else _WIDEST[node.type])  # type: ignore
+            value = _WIDEST[node.type] if scalars is None else interval(float(scalars[int(node.attr)]))  # type: ignore
+            values.append(_whole(value) if node.type == "int" else value)
         elif node.op == "load":
-            values.append(load(node, args))
+            values.append(_whole(load(node, args)) if node.type == "int" else load(node, args))
         elif node.op in _COMPARE:
             exact = all(graph.nodes[a].type != "float" for a in node.args)
             values.append(_compare(node.op, *args, margin=0.0 if exact else _MARGIN))
         elif node.op in _RULES:
             values.append(_known(_RULES[node.op](*args)))
-            if node.op == "remainder" and node.type == "int":
-                values[-1] = _int_remainder(values[-1], args[1])
+            if node.type == "int":
+                known = _int_remainder(values[-1], args[1]) if node.op == "remainder" else values[-1]
+                values[-1] = _whole(known)
         else:
             values.append(_WIDEST[node.type])
     return values
 
 
-def classify_blocks(
-    graph: Graph,
-    captured: Sequence[Tensor],
-    scalars: Sequence[int | float],
-    b: int,
-    h: int,
-    q_ranges: Tensor,
-    kv_ranges: Tensor,
-) -> Tensor:
-    """For each pair of blocks EMPTY, FULL or PARTIAL (not known): int8 (q blocks, kv blocks), for one b and h.
+class Classifier:
+    """Says of tiles of positions, as many as one likes, whether a mask allows all of a tile, none of it, or it is not known."""
 
-    `q_ranges`, `kv_ranges`: int64 (blocks, 2), the first and the last index of each block.
-    """
-    tables: dict = {}
-    inputs = {
-        "b": interval(b),
-        "h": interval(h),
-        "q_idx": interval(q_ranges[:, 0, None], q_ranges[:, 1, None]),
-        "kv_idx": interval(kv_ranges[None, :, 0], kv_ranges[None, :, 1]),
-    }
+    def __init__(self, graph: Graph, captured: Sequence[Tensor], scalars: Sequence[int | float]):
+        self.graph, self.scalars = graph, scalars
+        self.readers = [Reader(x) for x in captured]
 
-    def load(node: Node, indices: list[Interval]) -> Interval:
-        return _load_range(captured[int(node.attr)], indices, tables, node)  # type: ignore[arg-type]
+    def __call__(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Tensor:
+        """EMPTY, FULL or PARTIAL (not known): int8 (N,). Each input is a point, or (N,) of first and last."""
+        inputs = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
 
-    out = evaluate_intervals(graph, inputs, load, scalars)[dict(graph.outputs)["out"]]
-    low = out.low.expand(len(q_ranges), len(kv_ranges))
-    high = out.high.expand(len(q_ranges), len(kv_ranges))
-    kind = torch.full(low.shape, PARTIAL, dtype=torch.int8, device="cpu")
-    kind[high < 1] = EMPTY
-    kind[low > 0] = FULL
-    return kind
+        def load(node: Node, indices: list[Interval]) -> Interval:
+            return self.readers[int(node.attr)].read(indices, _WIDEST[node.type])  # type: ignore[arg-type]
+
+        out = evaluate_intervals(self.graph, inputs, load, self.scalars)[dict(self.graph.outputs)["out"]]
+        ends = [end for index in inputs.values() for end in index]
+        count = len(torch.broadcast_tensors(torch.zeros(1, device="cpu"), *ends)[0])
+        kind = torch.full((count,), PARTIAL, dtype=torch.int8, device="cpu")
+        return kind.masked_fill_(out.high < 1, EMPTY).masked_fill_(out.low > 0, FULL)
 
 
 def index_ranges(
@@ -121,6 +101,12 @@ def _known(x: Interval) -> Interval:
     """NaN, as from inf - inf, means not known."""
     low = torch.where(x.low.isnan(), -_INF, x.low)
     return Interval(low, torch.where(x.high.isnan(), _INF, x.high))
+
+
+def _whole(x: Interval) -> Interval:
+    """Of integers beyond 53 bits, which float64 rounds and 64 bits may wrap, nothing is known."""
+    beyond = (x.low <= -_EXACT) | (x.high >= _EXACT)
+    return Interval(torch.where(beyond, -_INF, x.low), torch.where(beyond, _INF, x.high))
 
 
 def _compare(op: str, a: Interval, b: Interval, margin: float) -> Interval:
@@ -209,52 +195,3 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "floor": lambda a: Interval(a.low.floor(), a.high.floor()),
     "ceil": lambda a: Interval(a.low.ceil(), a.high.ceil()),
 }
-
-
-def _load_range(tensor: Tensor, indices: list[Interval], tables: dict, node: Node) -> Interval:
-    """The smallest and largest element that a load can read: exact if only one index is not a point."""
-    if tensor.dtype.is_complex:
-        return _WIDEST[node.type]
-    free = [i for i, x in enumerate(indices) if x.low.numel() > 1 or bool((x.low != x.high).any())]
-    row = tensor.detach().cpu()
-    if len(free) > 1 or not all(_within(x, n) for x, n in zip(indices, row.shape, strict=True)):
-        return _WIDEST[node.type]
-    for i in reversed(range(len(indices))):
-        if i not in free:
-            row = row.select(i, int(indices[i].low))
-    if not free:
-        return interval(row.double())
-    key = (node.attr, *(None if i in free else int(x.low) for i, x in enumerate(indices)))
-    if key not in tables:
-        tables[key] = _RangeTable(row.double())
-    return tables[key].range(indices[free[0]])
-
-
-def _within(x: Interval, size: int) -> bool:
-    return bool((x.low >= 0).all()) and bool((x.high < size).all())
-
-
-class _RangeTable:
-    """Minimum and maximum of any range of a row in constant time: rows of powers of two."""
-
-    def __init__(self, row: Tensor):
-        self.lows, self.highs = [row], [row]
-        width = 1
-        while 2 * width <= len(row):
-            self.lows.append(torch.minimum(self.lows[-1][:-width], self.lows[-1][width:]))
-            self.highs.append(torch.maximum(self.highs[-1][:-width], self.highs[-1][width:]))
-            width *= 2
-
-    def range(self, index: Interval) -> Interval:
-        first, last = index.low.long(), index.high.long()
-        level = (last - first + 1).double().log2().floor().long()
-        low, high = (
-            torch.empty(first.shape, dtype=torch.float64, device="cpu"),
-            torch.empty(first.shape, dtype=torch.float64, device="cpu"),
-        )
-        for i in level.unique().tolist():
-            at = level == i
-            left, right = first[at], last[at] - (1 << i) + 1
-            low[at] = torch.minimum(self.lows[i][left], self.lows[i][right])
-            high[at] = torch.maximum(self.highs[i][left], self.highs[i][right])
-        return Interval(low, high)

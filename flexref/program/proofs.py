@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from flexref.program.intervals import evaluate_intervals, index_ranges, interval
+from flexref.program.interval import interval
+from flexref.program.intervals import evaluate_intervals, index_ranges
 from flexref.program.ir import Graph
 
 WIDEST_INT = 2**31 - 1
