@@ -14,11 +14,10 @@ from flexref.arrays import shared_tensors
 from flexref.autograd import attend
 from flexref.backend import find_backends, said
 from flexref.block_mask import BlockMask
-from flexref.dispatch.choose import Choice, choose, describe, refusal
-from flexref.dispatch.hardware import Hardware, probe
-from flexref.dispatch.options import checked_options, ignored, wanted_backend
+from flexref.dispatch.choose import Choice, choose, refusal
+from flexref.dispatch.explanation import Explanation, explained
+from flexref.dispatch.options import checked_options, wanted_backend
 from flexref.problem import Problem, Tensors
-from flexref.program.mods import traced_mod
 from flexref.recent import Recent
 from flexref.uncompiled import uncompiled
 
@@ -170,21 +169,6 @@ def flex_attention(
     return (output.out, output.lse) if return_lse else output.out
 
 
-class Explanation(NamedTuple):
-    """Which engine a call runs on, and why not on the others; `notes`: what that engine says of how. Print it."""
-
-    problem: Problem
-    choice: Choice
-    hardware: Hardware
-    notes: tuple[str, ...] = ()
-    mods: tuple[tuple[str, str | None], ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"problem  {describe(self.problem)}", f"machine  {self.hardware}", str(self.choice)]
-        lines += [f"{name:<9}  {f'traced at each call, because {why}' if why else 'kept'}" for name, why in self.mods]
-        return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
-
-
 @uncompiled
 def explain(
     query: Tensor,
@@ -209,14 +193,7 @@ def explain(
     _, max_scores = _wanted_aux(return_aux)
     settings = scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
     problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
-    choice = _choice(problem, wanted)
-    chosen = find_backends().get(choice.name or "")
-    notes = list(said(chosen, "notes", problem)) if chosen is not None and hasattr(chosen, "notes") else []
-    notes += ignored(kernel_options or {}, choice.name, getattr(chosen, "options", {}))
-    acc = problem.acc_dtype
-    given = (("score_mod", tensors.score_mod, "score"), ("mask_mod", tensors.mask_mod, "mask"))
-    mods = tuple((name, traced_mod(mod, kind, acc).why) for name, mod, kind in given if mod is not None)
-    return Explanation(problem, choice, probe(), tuple(notes), mods)
+    return explained(problem, tensors, _choice(problem, wanted), kernel_options)
 
 
 def _wanted_aux(request) -> tuple[bool, bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable, Sequence
 from itertools import compress
 
@@ -54,3 +56,20 @@ def _problem(query: Sequence[int], key: Sequence[int], value: Sequence[int], ena
     if q_heads % kv_heads:
         return f"query's heads must be a multiple of key's and value's, got {q_heads} and {kv_heads}"
     return None
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, by default 1 / sqrt(head_dim). Raises TypeError or ValueError."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(
+            f"scale must be a number or None, got {type(scale).__name__}; for a tensor pass scale=float(x)."
+        )
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite, got {scale}.")
+    return value

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from flexref.argument_shapes import check_shapes, turned_lengths
+from flexref.argument_shapes import check_shapes, checked_scale, turned_lengths
 from flexref.arrays import shared_tensors
+from flexref.block_found import Found, found, question
 from flexref.block_mask import BlockMask, create_block_mask, noop_mask
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.compiled import original
 from flexref.program.ir import differentiable_loads
 from flexref.program.mods import Mod, shifted, traced_mod
-from flexref.program.recipes import Made
+from flexref.program.recipes import Made, roots_of
 from flexref.recent import Recent
 from flexref.tensor_gate import check_memory, check_surroundings
 
@@ -48,7 +48,7 @@ def prepare(
     query, key, value = shared_tensors(query, key, value)
     _check_tensors(query, key, value)
     check_shapes(query.shape, key.shape, value.shape, enable_gqa)
-    scale = _checked_scale(scale, query.shape[3])
+    scale = checked_scale(scale, query.shape[3])
     acc_dtype = ACC_DTYPE[query.dtype]
     score_mod, mask_mod = original(score_mod), original(mask_mod)
     if block_mask is not None and mask_mod is not None:
@@ -60,8 +60,14 @@ def prepare(
         block_mask = _own_mask(block_mask)
         mask_mod = None if block_mask is None or block_mask.mask_mod is noop_mask else block_mask.mask_mod
         mask = None if mask_mod is None else _traced(mask_mod, "mask", acc_dtype)
+    sparse = None
     if block_mask is not None:
         _check_block_mask(block_mask, query, key)
+    elif score is not None:
+        sparse = _found(score, query, key)
+    run = sparse or Found(
+        None if score is None else score.graph, None if mask is None else shifted(mask.graph, *_sizes(score)), block_mask
+    )
     captures, captured, scalars = _merged(score, mask, query.device)
     roots = _roots(score, captures, captured)
     grad = torch.is_grad_enabled()
@@ -78,16 +84,17 @@ def prepare(
         key_dtype=key.dtype,
         value_dtype=value.dtype,
         device=query.device.type,
-        score=None if score is None else score.graph,
-        mask=None if mask is None else shifted(mask.graph, *_sizes(score)),
+        score=run.score,
+        mask=run.mask,
         captures=captures,
-        block_size=None if block_mask is None else block_mask.BLOCK_SIZE,
+        block_size=None if run.blocks is None else run.blocks.BLOCK_SIZE,
         needs_grad=(grad and query.requires_grad, grad and key.requires_grad, grad and value.requires_grad),
         need_max_scores=need_max_scores,
         deterministic=bool(deterministic),
         options=tuple(sorted(options.items())) if options else (),
     )
-    return problem, Tensors(query, key, value, scale, block_mask, captured, scalars, score_mod, mask_mod, roots)
+    held = captured, scalars, score_mod, mask_mod, roots
+    return problem, Tensors(query, key, value, scale, run.blocks, *held, found=sparse is not None)
 
 
 def _sizes(score: Mod | None) -> tuple[int, int]:
@@ -127,22 +134,6 @@ def _traced(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
             line = next(node.where for node in mod.graph.nodes if node.op == "load" and node.attr == i)
             raise type(error)(f"{str(error).removesuffix('.')}; it is read at {line}.") from None
     return mod
-
-
-def _checked_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(
-            f"scale must be a number or None, got {type(scale).__name__}; for a tensor pass scale=float(x)."
-        )
-    try:
-        value = float(scale)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        raise ValueError(f"scale must be finite, got {scale}.")
-    return value
 
 
 def _own_mask(block_mask) -> BlockMask | None:
@@ -197,18 +188,32 @@ def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dty
         query.shape[2],
         key.shape[2],
     )
+    return _kept(mask, mask.roots, sizes, query.device, lambda: create_block_mask(mask_mod, *sizes, device=query.device)), mask
 
-    def build() -> tuple[BlockMask, Contents]:
-        contents = Contents(mask.roots)
+
+def _found(score: Mod, query: Tensor, key: Tensor) -> Found | None:
+    """The BlockMask of what a score_mod makes -inf; kept as a bare mask_mod's is."""
+    asked = question(score, query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if asked is None:
+        return None
+    places: frozenset[int] = frozenset().union(*(roots_of(score.recipes[i]) for i in asked.captured))
+    roots = tuple(score.roots[place] for place in sorted(places))
+    return _kept(score, roots, asked, query.device, lambda: found(score, asked, query.device))
+
+
+def _kept(mod: Mod, roots: tuple[Tensor, ...], sizes: tuple, device: torch.device, make: Callable[[], Any]) -> Any:
+    """What `make` gives, again as long as the mod and the contents of `roots` are the same."""
+
+    def build() -> tuple[Any, Contents]:
+        contents = Contents(roots)
         with torch.no_grad():
-            return create_block_mask(mask_mod, *sizes, device=query.device), contents
+            return make(), contents
 
-    if mask.key is None or any(t.is_inference() for t in mask.roots):
-        return build()[0], mask
-    versions = tuple((id(t), t._version, t.data_ptr()) for t in mask.roots)
-    kept = mask.key, versions, sizes, query.device
-    found = _masks.get(kept, build, keep_alive=mask.roots, fits=lambda known: known[1].same(mask.roots))
-    return found[0], mask
+    if mod.key is None or any(t.is_inference() for t in roots):
+        return build()[0]
+    versions = tuple((id(t), t._version, t.data_ptr()) for t in roots)
+    kept = mod.key, versions, sizes, device
+    return _masks.get(kept, build, keep_alive=roots, fits=lambda known: known[1].same(roots))[0]
 
 
 def _roots(score: Mod | None, captures: tuple[Capture, ...], captured: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flexref.block_arguments import as_bool, checked_device, checked_sizes, described, kind_of_mod
-from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
-from flexref.block_split import split
+from flexref.block_lists import FULL, PARTIAL, Grid, Lists, broadcast, collect
+from flexref.block_split import listed, split
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
 from flexref.mod_objects import name_of
@@ -46,9 +46,13 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
                 asked = asked._replace(B=min(grid.B, 1))
             if not program.graph.uses("h"):
                 asked = asked._replace(H=min(grid.H, 1))
+        from flexref.program.intervals import Classifier
+
         decide = Decider(mask_mod, asked, device)
         if program is not None:
-            lists = split(program, asked, decide.decide, device)
+            classify = Classifier(program.graph, program.captured, program.scalars)
+            found = split(classify, asked, lambda blocks: decide.decide(blocks.to(device)).cpu())
+            lists = Lists(*listed(found[PARTIAL], asked, device), *listed(found[FULL], asked, device))
         else:
             lists = collect((decide.strip(*ends) for ends in asked.strips()), device)
         return broadcast(lists, asked, grid)

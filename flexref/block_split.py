@@ -4,12 +4,12 @@ open are split, down to blocks; of a block that stays open some positions are as
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexref.block_lists import EMPTY, FULL, PARTIAL, Grid, Lists, from_runs
+from flexref.block_lists import EMPTY, FULL, PARTIAL, Grid, from_runs
 from flexref.program.interval import Interval, interval
 
 # a side has at most so many tiles to begin with, and an open tile is split into so many a side
@@ -31,11 +31,15 @@ class Tiles(NamedTuple):
         return Tiles(*(x[which] for x in self))
 
 
-def split(program: Any, grid: Grid, decide: Callable[[Tensor], Tensor], device: torch.device) -> Lists:
-    """The lists of a traced mask_mod. `decide`: the kinds of blocks (N,), numbered flat row * columns + column, exactly."""
-    from flexref.program.intervals import Classifier
+Kinds = Callable[[Interval, Interval, Interval, Interval], Tensor]
 
-    classify = Classifier(program.graph, program.captured, program.scalars)
+
+def split(classify: Kinds, grid: Grid, decide: Callable[[Tensor], Tensor] | None = None) -> dict[int, list[Tiles]]:
+    """The tiles that are PARTIAL, each a block, and those that are FULL, of any size.
+
+    `classify`: b, h, q_idx, kv_idx of some tiles -> their kinds, PARTIAL where it does not know. `decide`: numbers of blocks
+    (N,), flat row * columns + column, -> their kinds, exactly; without it a block that stays open is PARTIAL.
+    """
     found: dict[int, list[Tiles]] = {PARTIAL: [], FULL: []}
     size = 1
     while max(grid.rows, grid.columns) > size * _FIRST:
@@ -52,10 +56,10 @@ def split(program: Any, grid: Grid, decide: Callable[[Tensor], Tensor], device: 
         if size > 1:
             todo.append((size // _SPLIT, _tiled(tiles, size // _SPLIT)))
         elif len(tiles.plane):
-            kind = _settled(classify, tiles, grid, decide, device)
+            kind = _settled(classify, tiles, grid, decide) if decide else torch.full_like(tiles.plane, PARTIAL)
             for each, parts in found.items():
                 parts.append(tiles.pick(kind == each))
-    return Lists(*_listed(found[PARTIAL], grid, device), *_listed(found[FULL], grid, device))
+    return found
 
 
 def _whole(grid: Grid) -> Tiles:
@@ -87,7 +91,7 @@ def _positions(tiles: Tiles, grid: Grid) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-def _kinds(classify: Callable[..., Tensor], tiles: Tiles, grid: Grid) -> Tensor:
+def _kinds(classify: Kinds, tiles: Tiles, grid: Grid) -> Tensor:
     b, h, q_first, q_last, kv_first, kv_last = _positions(tiles, grid)
     return classify(_point(b, grid.B), _point(h, grid.H), interval(q_first, q_last), interval(kv_first, kv_last))
 
@@ -96,7 +100,7 @@ def _point(index: Tensor, extent: int) -> Interval:
     return interval(0.0) if extent == 1 else interval(index)
 
 
-def _settled(classify, tiles: Tiles, grid: Grid, decide: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+def _settled(classify: Kinds, tiles: Tiles, grid: Grid, decide: Callable[[Tensor], Tensor]) -> Tensor:
     """The kinds (N,) of single blocks that intervals leave open."""
     b, h, q_first, q_last, kv_first, kv_last = _positions(tiles, grid)
     beside = torch.minimum(kv_first + 1, kv_last)
@@ -108,11 +112,11 @@ def _settled(classify, tiles: Tiles, grid: Grid, decide: Callable[[Tensor], Tens
     number = (tiles.plane * grid.rows + tiles.row) * grid.columns + tiles.column
     open_ = (~mixed).nonzero()[:, 0]
     if len(open_):
-        kind[open_] = decide(number[open_].to(device)).cpu()
+        kind[open_] = decide(number[open_])
     return kind
 
 
-def _listed(parts: list[Tiles], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+def listed(parts: list[Tiles], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Offsets and indices of what the tiles cover, which do not overlap."""
     if not parts:
         parts = [_tiled(_whole(grid._replace(B=0)), 1)]

@@ -93,6 +93,7 @@ class Tensors:
 
     `captured`: one tensor for each of Problem.captures. `scalars`: the captured Python numbers.
     `score_mod`, `mask_mod`: the user's own functions, which only the reference backend calls.
+    `found`: that block_mask was found in score_mod by its program, for engines to be quicker by; it means nothing more.
     `roots`: tensors that a captured one is computed from in the mod; the reference, which calls the mod itself,
     differentiates by them.
     """
@@ -107,6 +108,7 @@ class Tensors:
     score_mod: Callable | None = None
     mask_mod: Callable | None = None
     roots: tuple[torch.Tensor, ...] = ()
+    found: bool = False
 
 
 @dataclass

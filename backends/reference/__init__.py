@@ -94,7 +94,8 @@ def _no_foreign_hooks() -> AbstractContextManager:
 
 
 def _attend(tensors: Tensors, query: Tensor, key: Tensor, value: Tensor) -> Result:
-    block_mask = tensors.block_mask
+    # what its program says of a score_mod is not believed here
+    block_mask = None if tensors.found else tensors.block_mask
     blocks = None if block_mask is None else block_mask.listed()
     return einsum(query, key, value, tensors.score_mod, tensors.mask_mod, scale=tensors.scale, blocks=blocks)
 

@@ -22,7 +22,7 @@ _MARGIN = 1e-4
 _EXACT = float(1 << 53)
 
 
-_WIDEST = {"bool": interval(0.0, 1.0), "int": interval(-_INF, _INF), "float": interval(-_INF, _INF)}
+WIDEST = {"bool": interval(0.0, 1.0), "int": interval(-_INF, _INF), "float": interval(-_INF, _INF)}
 
 
 def evaluate_intervals(
@@ -36,11 +36,11 @@ def evaluate_intervals(
     for node in graph.nodes:
         args = [values[a] for a in node.args]
         if node.op == "input":
-            values.append(inputs.get(str(node.attr), _WIDEST[node.type]))
+            values.append(inputs.get(str(node.attr), WIDEST[node.type]))
         elif node.op == "const":
             values.append(_whole(interval(float(node.attr))) if node.type == "int" else interval(float(node.attr)))  # type: ignore
         elif node.op == "scalar":
-            value = _WIDEST[node.type] if scalars is None else interval(float(scalars[int(node.attr)]))  # type: ignore
+            value = WIDEST[node.type] if scalars is None else interval(float(scalars[int(node.attr)]))  # type: ignore
             values.append(_whole(value) if node.type == "int" else value)
         elif node.op == "load":
             values.append(_whole(load(node, args)) if node.type == "int" else load(node, args))
@@ -53,7 +53,7 @@ def evaluate_intervals(
                 known = _int_remainder(values[-1], args[1]) if node.op == "remainder" else values[-1]
                 values[-1] = _whole(known)
         else:
-            values.append(_WIDEST[node.type])
+            values.append(WIDEST[node.type])
     return values
 
 
@@ -69,7 +69,7 @@ class Classifier:
         inputs = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
 
         def load(node: Node, indices: list[Interval]) -> Interval:
-            return self.readers[int(node.attr)].read(indices, _WIDEST[node.type])  # type: ignore[arg-type]
+            return self.readers[int(node.attr)].read(indices, WIDEST[node.type])  # type: ignore[arg-type]
 
         out = evaluate_intervals(self.graph, inputs, load, self.scalars)[dict(self.graph.outputs)["out"]]
         ends = [end for index in inputs.values() for end in index]
@@ -91,7 +91,7 @@ def index_ranges(
 
     def load(node: Node, indices: list[Interval]) -> Interval:
         found[nodes[id(node)]] = [(float(i.low), float(i.high)) for i in indices]
-        return _WIDEST[node.type]
+        return WIDEST[node.type]
 
     evaluate_intervals(graph, inputs, load, scalars)
     return found
