@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from flexref import block_found
 from flexref.argument_shapes import check_shapes, checked_scale, turned_lengths
 from flexref.arrays import shared_tensors
-from flexref.block_found import Found, found, question
+from flexref.block_found import Found, question
 from flexref.block_mask import BlockMask, create_block_mask, noop_mask
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
@@ -60,14 +61,7 @@ def prepare(
         block_mask = _own_mask(block_mask)
         mask_mod = None if block_mask is None or block_mask.mask_mod is noop_mask else block_mask.mask_mod
         mask = None if mask_mod is None else _traced(mask_mod, "mask", acc_dtype)
-    sparse = None
-    if block_mask is not None:
-        _check_block_mask(block_mask, query, key)
-    elif score is not None:
-        sparse = _found(score, query, key)
-    run = sparse or Found(
-        None if score is None else score.graph, None if mask is None else shifted(mask.graph, *_sizes(score)), block_mask
-    )
+    run, found = _programs(score, mask, block_mask, query, key)
     captures, captured, scalars = _merged(score, mask, query.device)
     roots = _roots(score, captures, captured)
     grad = torch.is_grad_enabled()
@@ -94,7 +88,7 @@ def prepare(
         options=tuple(sorted(options.items())) if options else (),
     )
     held = captured, scalars, score_mod, mask_mod, roots
-    return problem, Tensors(query, key, value, scale, run.blocks, *held, found=sparse is not None)
+    return problem, Tensors(query, key, value, scale, run.blocks, *held, found=found)
 
 
 def _sizes(score: Mod | None) -> tuple[int, int]:
@@ -191,14 +185,26 @@ def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dty
     return _kept(mask, mask.roots, sizes, query.device, lambda: create_block_mask(mask_mod, *sizes, device=query.device)), mask
 
 
+def _programs(
+    score: Mod | None, mask: Mod | None, block_mask: BlockMask | None, query: Tensor, key: Tensor
+) -> tuple[Found, bool]:
+    """What an engine runs, and whether that was found in score_mod."""
+    if block_mask is not None:
+        _check_block_mask(block_mask, query, key)
+    elif score is not None and (sparse := _found(score, query, key)):
+        return sparse, True
+    moved = None if mask is None else shifted(mask.graph, *_sizes(score))
+    return Found(None if score is None else score.graph, moved, block_mask), False
+
+
 def _found(score: Mod, query: Tensor, key: Tensor) -> Found | None:
-    """The BlockMask of what a score_mod makes -inf; kept as a bare mask_mod's is."""
+    """The mask of what a score_mod makes -inf; kept as a bare mask_mod's is."""
     asked = question(score, query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if asked is None:
         return None
     places: frozenset[int] = frozenset().union(*(roots_of(score.recipes[i]) for i in asked.captured))
     roots = tuple(score.roots[place] for place in sorted(places))
-    return _kept(score, roots, asked, query.device, lambda: found(score, asked, query.device))
+    return _kept(score, roots, asked, query.device, lambda: block_found.found(score, asked, query.device))
 
 
 def _kept(mod: Mod, roots: tuple[Tensor, ...], sizes: tuple, device: torch.device, make: Callable[[], Any]) -> Any:
