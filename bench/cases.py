@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from bench.masks import ROWS, target_names
 from flexref.cli.cases import CAP, WINDOW, alibi, before, capped, near, same
 from flexref.variants import masks, score_mods
 
@@ -42,6 +43,9 @@ TARGETS = {
         Target("peak extra memory, causal forward + backward, over q, k, v, out and gradients", 2.0, "x", at_most=True),
         Target("growth of peak extra memory when S doubles", 2.3, "x", at_most=True),
         Target("two threads over one", 1.8),
+        *(Target(target_names(row)[0], seconds, "s", at_most=True) for row, (_, _, seconds, _) in ROWS.items()),
+        *(Target(target_names(row)[1], memory, "MB", at_most=True) for row, (*_, memory) in ROWS.items() if memory is not None),
+        Target("causal as a score_mod / causal as a mask, 17,797 tokens", 1.1, at_most=True),
     )
 }
 

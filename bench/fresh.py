@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own: `python -m bench.fresh import | first | memory`; prints JSON.
+"""Measurements that need a process of their own: `python -m bench.fresh import | first | memory | mask`; prints JSON.
 
 Nothing is imported above the clock that is to be measured.
 """
@@ -114,7 +114,8 @@ def _status(field: str) -> float:
 def main() -> None:
     """One measurement, one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("import", "first", "memory"))
+    parser.add_argument("what", choices=("import", "first", "memory", "mask"))
+    parser.add_argument("--mask", default="causal", help="of what to build, a kind of bench.masks")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--length", type=int, default=2048)
     options = parser.parse_args()
@@ -122,6 +123,10 @@ def main() -> None:
         found = measure_import()
     elif options.what == "first":
         found = measure_first(options.backend, options.length)
+    elif options.what == "mask":
+        from bench.masks import measure
+
+        found = measure(options.mask, options.length)
     else:
         found = measure_memory(options.backend, options.length)
     print(json.dumps(found))

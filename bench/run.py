@@ -25,6 +25,7 @@ from bench.cases import TARGETS, Variant, variants
 from bench.check import Inputs, block_mask, complaint
 from bench.clock import Timing, geometric_mean, interleaved, ratio
 from bench.fresh import in_new_process
+from bench.masks import masks
 
 
 @dataclass
@@ -269,6 +270,7 @@ SECTIONS = {
     "fixed": fixed_cost,
     "memory": memory,
     "threads": threads,
+    "masks": masks,
 }
 
 

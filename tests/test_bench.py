@@ -79,6 +79,8 @@ def test_fresh_processes_measure_first_calls_and_memory(tmp_path):
     assert found["first"] > found["again"] > 0 < found["backward"]
     found = in_new_process("memory", tmp_path, "--length", "256")
     assert found["tensors"] == 8 * 8 * 256 * 64 * 4
+    found = in_new_process("mask", tmp_path, "--mask", "documents and window", "--length", "4096")
+    assert found["first"] > 0 < found["later"] and found["peak"] >= 0
     with pytest.raises(RuntimeError, match="bench.fresh first"):
         in_new_process("first", tmp_path, "--backend", "no such backend")
 
