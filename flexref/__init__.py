@@ -9,6 +9,7 @@ from flexref.block_mask import (
     or_masks,
 )
 from flexref.block_nested import create_nested_block_mask
+from flexref.block_operators import concat_masks
 from flexref.dispatch import AuxOutput, AuxRequest, explain, flex_attention
 from flexref.errors import FlexrefError, TraceError, Unsupported
 from flexref.torch_names import (
@@ -35,6 +36,7 @@ __all__ = [
     "TraceError",
     "Unsupported",
     "and_masks",
+    "concat_masks",
     "create_block_mask",
     "create_mask",
     "create_nested_block_mask",

@@ -28,10 +28,10 @@ def common_grid(a: Grid, b: Grid) -> Grid:
 
 
 def combine(op: str, masks: Iterable[tuple[Lists, Grid]], mod: Callable, grid: Grid, device: torch.device) -> Lists:
-    """The lists of `mod`, which is the "and" or the "or" of two masks, on their common grid."""
+    """The lists of `mod`, which is the "and", "or" or "xor" of two masks, on their common grid."""
     a, b = (broadcast(lists, own, grid) for lists, own in masks)
     decide = Decider(mod, grid, device)
-    kind_of = torch.minimum if op == "and" else torch.maximum
+    kind_of = {"and": torch.minimum, "or": torch.maximum, "xor": lambda x, y: (x - y).abs()}[op]
 
     def kinds() -> Iterator[Tensor]:
         for first, last in grid.strips():

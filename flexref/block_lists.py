@@ -87,6 +87,18 @@ def take_rows(lists: Lists, rows: Tensor) -> Lists:
     return Lists(*_take(*lists[:2], rows), *_take(*lists[2:], rows))
 
 
+def one_row(lists: Lists, grid: Grid, row: int) -> Lists:
+    """The lists of one row of blocks, of each batch and head."""
+    if grid.B * grid.H > 1:
+        return take_rows(lists, torch.arange(grid.B * grid.H, device=lists.offsets.device) * grid.rows + row)
+    parts: list[Tensor] = []
+    for offsets, indices in (lists[:2], lists[2:]):
+        ends = offsets[row : row + 2]
+        start, stop = ends.tolist()
+        parts += [ends - start, indices[start:stop]]
+    return Lists(*parts)
+
+
 def _take(offsets: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     new = _offsets(offsets.diff()[rows])
     shift = torch.repeat_interleave(offsets[:-1][rows] - new[:-1], new.diff())

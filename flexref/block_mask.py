@@ -17,16 +17,14 @@ from flexref.block_arguments import (
     check_mask_mod,
     checked_block_size,
     checked_device,
-    checked_index,
-    checked_size,
     checked_sizes,
 )
-from flexref.block_build import build, create_mask
-from flexref.block_lists import FULL, Grid, Lists, expand, first_problem, row_of_entry, take_rows
+from flexref.block_build import create_mask
+from flexref.block_lists import FULL, Grid, Lists, expand, first_problem, row_of_entry
+from flexref.block_operators import BlockOperators, built
 from flexref.block_state import Walk, loaded
-from flexref.block_torch import TorchForm
-from flexref.mask_mods import Offset, View, and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
-from flexref.mod_objects import moved, same_mod
+from flexref.mask_mods import and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
+from flexref.mod_objects import same_mod
 from flexref.program.compiled import original
 from flexref.uncompiled import uncompiled
 
@@ -34,11 +32,11 @@ __all__ = ["BlockMask", "Lists", "and_masks", "create_block_mask", "create_mask"
 __all__ += ["Walk", "shift_mask", "xor_masks"]
 
 
-class BlockMask(TorchForm):
+class BlockMask(BlockOperators):
     """Immutable. B and H are 1 or those of the query.
 
     seq_lengths (q_len, kv_len); BLOCK_SIZE (q_block, kv_block); walk: what engines read; csr, csc: the lists by row and by
-    column, and torch's padded tensors (see TorchForm): copies of them.
+    column, and torch's padded tensors (see TorchForm): copies of them. What makes other masks of it is in BlockOperators.
     """
 
     @property
@@ -119,96 +117,6 @@ class BlockMask(TorchForm):
         if found:
             raise ValueError(f"BlockMask of shape {self.shape}: {found}")
 
-    @uncompiled
-    def __getitem__(self, index) -> BlockMask:
-        """By batch, head and row of query blocks; each an int (which keeps its dimension), a slice, or ints.
-
-        mask_mod and seq_lengths follow: index 0 of the slice stands for the original that was asked for.
-        """
-        index = index if isinstance(index, tuple) else (index,)
-        if len(index) > 3:
-            raise IndexError(f"a BlockMask has 3 indices (batch, head, row of query blocks), got {len(index)}")
-        grid, device = self.grid, self.device
-        sizes = (("batches", grid.B), ("heads", grid.H), ("rows of query blocks", grid.rows))
-        index += (slice(None),) * (3 - len(index))
-        b, h, row = (algebra.picked(i, n, name) for i, (name, n) in zip(index, sizes, strict=True))
-        q_view, q_len = algebra.row_selection(row, grid, device)
-        views = algebra.selection(b, grid.B, device), algebra.selection(h, grid.H, device), q_view
-        mod = self.mask_mod if views == (None, None, None) else View(self.mask_mod, *views)
-        new = grid._replace(B=len(b), H=len(h), q_len=q_len)
-        b, h, row = (torch.tensor(x, dtype=torch.int64, device=device) for x in (b, h, row))
-        flat = ((b[:, None] * grid.H + h)[:, :, None] * grid.rows + row).reshape(-1)
-        return self._make(new, take_rows(self._lists, flat), mod, self.separate_full_blocks, self._agrees)
-
-    @uncompiled
-    def rows(self, start: int, stop: int) -> BlockMask:
-        """For the queries start..stop alone, wherever blocks begin: index 0 stands for `start`, as in decoding."""
-        start, stop = checked_index("start", start), checked_index("stop", stop)
-        if not 0 <= start <= stop <= self.grid.q_len:
-            raise IndexError(f"rows {start} to {stop} are not within the {self.grid.q_len} queries")
-        mod = View(self._agreeing().mask_mod, q_idx=Offset(start))
-        return _built(type(self), mod, self.grid._replace(q_len=stop - start), self.device, self.separate_full_blocks)
-
-    @uncompiled
-    def resize(self, q_len: int, kv_len: int) -> BlockMask:
-        """For other lengths, asking mask_mod anew. Lists that say less than mask_mod can be cropped, but not grown."""
-        grid = self.grid._replace(q_len=checked_size("q_len", q_len), kv_len=checked_size("kv_len", kv_len))
-        if self._agreeing() is self:
-            return _built(type(self), self.mask_mod, grid, self.device, self.separate_full_blocks)
-        if grid.q_len > self.grid.q_len or grid.kv_len > self.grid.kv_len:
-            raise ValueError(
-                "this BlockMask lists other blocks than its mask_mod allows, so nothing is known of positions beyond "
-                f"{self.seq_lengths}; make one with create_block_mask(mask_mod, ..., {grid.q_len}, {grid.kv_len})"
-            )
-        lists = algebra.crop(self._lists, self.grid, grid, self.device)
-        return self._make(grid, lists, self.mask_mod, self.separate_full_blocks, False)
-
-    _adjust = resize
-
-    def _agreeing(self) -> BlockMask:
-        """Self if lists and mask_mod allow the same, else a mask that has its lists in its mask_mod."""
-        if not self._agrees:
-            if algebra.disagreement(self._lists, self.mask_mod, self.grid, self.device):
-                mod = algebra.listed_mod(self._lists, self.mask_mod, self.grid)
-                return self._make(self.grid, self._lists, mod, self.separate_full_blocks, True)
-            vars(self)["_agrees"] = True
-        return self
-
-    @uncompiled
-    def __and__(self, other: BlockMask) -> BlockMask:
-        """Positions that both allow."""
-        return self._combined("and", and_masks, other) if isinstance(other, BlockMask) else NotImplemented
-
-    @uncompiled
-    def __or__(self, other: BlockMask) -> BlockMask:
-        """Positions that one of them allows."""
-        return self._combined("or", or_masks, other) if isinstance(other, BlockMask) else NotImplemented
-
-    @uncompiled
-    def __invert__(self) -> BlockMask:
-        """Positions that are not allowed."""
-        mod = not_mask(self._agreeing().mask_mod)
-        if not self.separate_full_blocks:
-            return _built(type(self), mod, self.grid, self.device, False)
-        return self._make(self.grid, algebra.invert(self._lists, self.grid, self.device), mod, True, True)
-
-    def _combined(self, op: str, combinator: Callable, other: BlockMask) -> BlockMask:
-        grid = algebra.common_grid(self.grid, other.grid)
-        if self.device != other.device:
-            raise ValueError(f"cannot combine BlockMasks on {self.device} and {other.device}; move one with .to()")
-        masks = self._agreeing(), other._agreeing()
-        mod = combinator(*(mask.mask_mod for mask in masks))
-        if not (self.separate_full_blocks and other.separate_full_blocks):
-            return _built(type(self), mod, grid, self.device, False)
-        lists = algebra.combine(op, [(mask._lists, mask.grid) for mask in masks], mod, grid, self.device)
-        return self._make(grid, lists, mod, True, True)
-
-    @uncompiled
-    def to(self, device: torch.device | str) -> BlockMask:
-        """On `device`: the lists, and the tensors that mask_mod holds or captures in its closure."""
-        lists = Lists(*(x.to(device) for x in self._lists))
-        return self._make(self.grid, lists, moved(self.mask_mod, device), self.separate_full_blocks, self._agrees)
-
 
 @uncompiled
 def create_block_mask(
@@ -234,14 +142,7 @@ def create_block_mask(
     mask_mod = original(mask_mod)
     check_mask_mod(mask_mod)
     grid = Grid(*checked_sizes(B, H, Q_LEN, KV_LEN), *checked_block_size(BLOCK_SIZE))
-    return _built(BlockMask, mask_mod, grid, checked_device(device), separate_full_blocks)
-
-
-def _built(kind: type[BlockMask], mask_mod: Callable, grid: Grid, device: torch.device, separate: bool) -> BlockMask:
-    lists = build(mask_mod, grid, device)
-    if not separate:
-        lists = algebra.unseparated(lists, grid, device)
-    return kind._make(grid, lists, mask_mod, bool(separate), True)
+    return built(BlockMask, mask_mod, grid, checked_device(device), separate_full_blocks)
 
 
 # torch.load(weights_only=True) may make these; the classes of mods say it of themselves

@@ -5,7 +5,7 @@ with a bool or a bool tensor. What combines mods therefore uses `&`, `|` and `^`
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -147,6 +147,38 @@ class View(MaskMod):
         q_idx = q_idx if self.q_idx is None else self.q_idx(q_idx)
         kv_idx = kv_idx if self.kv_idx is None else self.kv_idx(kv_idx)
         return self.mod(b, h, q_idx, kv_idx)
+
+
+class Transposed(MaskMod):
+    """`mod` with queries and keys in each other's place."""
+
+    def __init__(self, mod: Callable):
+        self.mod = mod
+
+    def __call__(self, b, h, q_idx, kv_idx):
+        return self.mod(b, h, kv_idx, q_idx)
+
+
+class Concatenated(_Combined):
+    """Mods one behind another along one of b, h, q_idx, kv_idx (0 to 3), each for as many indices as `sizes` says."""
+
+    made_by = "concat_masks"
+
+    def __init__(self, mods: Sequence[Callable], sizes: Sequence[int], dim: int):
+        super().__init__(tuple(mods))
+        self.sizes, self.dim = tuple(sizes), dim
+
+    def __call__(self, b, h, q_idx, kv_idx):
+        at = [b, h, q_idx, kv_idx]
+        index, start, result = at[self.dim], 0, q_idx < 0
+        for mod, size in zip(self.mods, self.sizes, strict=True):
+            if size:
+                # a mod is asked at none but its own indices, also where the answer does not count
+                local = index - start
+                at[self.dim] = local.clamp(0, size - 1) if isinstance(local, Tensor) else min(max(local, 0), size - 1)
+                result = result | ((index >= start) & (index < start + size) & mod(*at))
+            start += size
+        return result
 
 
 class Listed(MaskMod):
