@@ -1,6 +1,7 @@
 """The block mask of a score_mod: what it makes -inf, whatever the scores are, is masked (R5)."""
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,8 @@ def question(score: Mod, batch: int, heads: int, q_len: int, kv_len: int) -> Que
     nodes = masking(score.graph)
     if not nodes or q_len * kv_len < (_WORTH if score.key is not None else _WORTH_EACH_CALL):
         return None
-    if not _in_range(score, {"b": batch, "h": heads, "q_idx": q_len, "kv_idx": kv_len}):
+    extents = ("b", batch), ("h", heads), ("q_idx", q_len), ("kv_idx", kv_len)
+    if not _in_range(score.graph, tuple(tuple(x.shape) for x in score.captured), extents):
         return None
     read = [score.graph.nodes[i] for i in sorted(nodes)]
     inputs = {node.attr for node in read if node.op == "input"}
@@ -52,10 +54,11 @@ def question(score: Mod, batch: int, heads: int, q_len: int, kv_len: int) -> Que
     return Question(grid, tuple(sorted(loads)))
 
 
-def _in_range(score: Mod, extents: dict[str, int]) -> bool:
+@lru_cache(maxsize=1024)
+def _in_range(graph: Graph, shapes: tuple[tuple[int, ...], ...], extents: tuple[tuple[str, int], ...]) -> bool:
     """Whether the lengths alone prove every read; negative indices count from the end."""
-    for position, ranges in index_ranges(score.graph, extents).items():
-        shape = score.captured[int(score.graph.nodes[position].attr)].shape  # type: ignore[arg-type]
+    for position, ranges in index_ranges(graph, dict(extents)).items():
+        shape = shapes[int(graph.nodes[position].attr)]  # type: ignore[arg-type]
         if not all(-size <= low and high < size for (low, high), size in zip(ranges, shape, strict=True)):
             return False
     return True

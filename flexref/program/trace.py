@@ -132,7 +132,7 @@ class _Recorder(TorchFunctionMode):
         names = SIGNATURES[self.kind]
         dtypes = [self.acc_dtype if name == "score" else torch.int64 for name in names]
         refs = [Ref(self.builder.input(name)) for name in names]
-        with self, own_backward.refused(lambda: mistakes.own_backward(self.fn, self.kind)):
+        with self, own_backward.refused(self.applies):
             result = self.fn(*(Value(self.builder, r, d) for r, d in zip(refs, dtypes, strict=True)))
         return self.result(result)
 
@@ -153,6 +153,10 @@ class _Recorder(TorchFunctionMode):
             raise mistakes.wrong_result(self.fn, self.kind, result)
         return result
 
+    def applies(self) -> Exception:
+        """What is wrong with a torch.autograd.Function."""
+        return mistakes.own_backward(self.fn, self.kind)
+
     def is_captured(self, x: object) -> bool:
         return isinstance(x, Tensor) and not isinstance(x, Value)
 
@@ -165,6 +169,7 @@ class _Recorder(TorchFunctionMode):
     def recorded(self, func, args: tuple, kwargs: dict):
         """The result of one call that the mod makes."""
         name = getattr(func, "__name__", "")
+        own_backward.refuse_around(self.applies, _Recorder.call.__code__)
         if name == "__get__" and getattr(func, "__self__", None) is Tensor.data:
             return self.recorded(Tensor.detach, args, kwargs)
         if name == "__getitem__" and self.is_captured(args[0]):
