@@ -7,6 +7,7 @@ flat: row r of batch b and head h is (b * H + h) * rows + r. The kind of a block
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -89,13 +90,13 @@ def take_rows(lists: Lists, rows: Tensor) -> Lists:
 
 def one_row(lists: Lists, grid: Grid, row: int) -> Lists:
     """The lists of one row of blocks, of each batch and head."""
-    if grid.B * grid.H > 1:
-        return take_rows(lists, torch.arange(grid.B * grid.H, device=lists.offsets.device) * grid.rows + row)
     parts: list[Tensor] = []
     for offsets, indices in (lists[:2], lists[2:]):
-        ends = offsets[row : row + 2]
-        start, stop = ends.tolist()
-        parts += [ends - start, indices[start:stop]]
+        starts, stops = offsets[row : -1 : grid.rows].tolist(), offsets[row + 1 :: grid.rows].tolist()
+        counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
+        pieces = [indices[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        parts.append(torch.tensor([0, *accumulate(counts)], device=offsets.device))
+        parts.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
     return Lists(*parts)
 
 
