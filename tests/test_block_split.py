@@ -78,7 +78,7 @@ def by_splitting(mod, *shape, size, first=16, each=4, at_once=1 << 15, fine=1 <<
         return create_block_mask(mod, *shape, device="cpu", BLOCK_SIZE=size)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**9),
     depth=st.integers(0, 3),

@@ -202,7 +202,7 @@ def drawn(draw: random.Random, depth: int) -> str:
     ])  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**9), depth=st.integers(1, 4))
 def test_any_score_mod_means_what_it_meant(seed, depth):
     text = drawn(random.Random(seed), depth)
