@@ -42,25 +42,26 @@ def follow(score_mod: Callable) -> Callable:
 
 
 class OneShape(TorchFunctionMode):
-    """Arguments of a function get one shape first: else its backward step sums over positions, taken or not."""
+    """What a function of single numbers is given has each position's number: else its backward step sums over positions.
+
+    Tensors with dimensions have no position yet, and PyTorch's functions of them stay as they are.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         tensors = [x for x in args if isinstance(x, Tensor)]
-        if func is not Tensor.__getitem__ and len(tensors) > 1 and any(x.requires_grad for x in tensors):
-            shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+        if any(x.requires_grad for x in tensors) and not any(x.dim() for x in tensors):
             seen = next((x for x in tensors if _functorch.is_batchedtensor(x)), None)
-            args = tuple(_spread(x, shape, seen) if isinstance(x, Tensor) else x for x in args)
+            if seen is not None:
+                args = tuple(_spread(x, seen) if isinstance(x, Tensor) else x for x in args)
         return func(*args, **(kwargs or {}))
 
 
-def _spread(x: Tensor, shape: torch.Size, seen: Tensor | None) -> Tensor:
-    """`x` in that shape; and at each position that torch.vmap knows of `seen`, if it is one and the same at all of them."""
-    if x.shape != shape:
-        x = x.expand(shape)
-    if seen is None or not x.requires_grad or _functorch.is_batchedtensor(x):
+def _spread(x: Tensor, seen: Tensor) -> Tensor:
+    """A number that is the same everywhere, at each position that torch.vmap knows of `seen`."""
+    if not x.requires_grad or _functorch.is_batchedtensor(x):
         return x
     positions = _functorch.get_unwrapped(seen).shape[_functorch.maybe_get_bdim(seen)]
-    return _functorch._add_batch_dim(x.expand(positions, *shape), 0, _functorch.maybe_get_level(seen))
+    return _functorch._add_batch_dim(x.expand(positions), 0, _functorch.maybe_get_level(seen))
 
 
 class _Follower:

@@ -14,7 +14,7 @@ from flexref.program.derive import by_autograd, derive
 from flexref.program.interpret import interpret
 from flexref.program.ir import check
 from flexref.program.trace import trace
-from flexref.taken import OneShape, follow
+from flexref.taken import follow
 from flexref.variants import score_mods
 
 table = torch.tensor([-300.0, -2.0, -1.0, -0.5, 0.0, 0.25, 1.0, 3.0, 90.0, 400.0])
@@ -113,8 +113,7 @@ def test_a_drawn_program_agrees_with_an_autograd_that_follows_the_branches(seed)
     score, elements = (x.double().requires_grad_() for x in (SCORE.clone(), table.clone()))
     with torch.no_grad():
         counts = computed(formula, score, elements, index).isfinite().expand(len(table))
-    with OneShape():
-        out = follow(lambda s, t, q: computed(formula, s, t, q))(score, elements, index)
+    out = follow(lambda s, t, q: computed(formula, s, t, q))(score, elements, index)
     want = (None, None)
     if out.requires_grad:
         want = torch.autograd.grad(out.expand(len(table)).sum(), (score, elements), allow_unused=True)
@@ -177,3 +176,34 @@ def test_an_engine_takes_the_branch():
         wanted.append(torch.autograd.grad(out.square().sum(), leaves))
     for got, want in zip(*wanted, strict=True):
         torch.testing.assert_close(got, want)
+
+
+one, other = (torch.linspace(-2, 2, 12).reshape(4, 3) * scale for scale in (1.0, 0.7))
+WHOLE_TENSORS = {
+    "an outer product": lambda a, c, i, j: (a[:, :1] @ c[:, :1].T)[i, j],
+    "a product of matrices": lambda a, c, i, j: (a @ c.T)[i, j],
+    "mv": lambda a, c, i, j: torch.mv(a, c[0])[i],
+    "index_select": lambda a, c, i, j: torch.index_select(a, 0, torch.tensor([3, 1, 0, 2]))[i, 1],
+    "broadcast": lambda a, c, i, j: (a[:, None, 0] * c[None, :, 1])[i, j],
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_TENSORS)
+def test_functions_of_whole_tensors_are_pytorchs_in_the_reference(name):
+    """They have no positions; the same bias made before the call is the truth."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 1, 4, 8, dtype=torch.float64)
+    i, j = torch.arange(4)[:, None], torch.arange(4)[None]
+    results = []
+    for backend in ("reference", "numba_cpu", None):
+        leaves = [x.double().requires_grad_() for x in (query, one, other)]
+        q, a, c = leaves
+        if backend is None:
+            scores = q @ q.mT / 8**0.5 + WHOLE_TENSORS[name](a, c, i, j)
+            out = scores.softmax(-1) @ q
+        else:
+            out = flex_attention(q, q, q, lambda s, b, h, i, j, a=a, c=c: s + WHOLE_TENSORS[name](a, c, i, j), backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves, materialize_grads=True, allow_unused=True)))
+    for got in results[:2]:
+        for x, want in zip(got, results[2], strict=True):
+            torch.testing.assert_close(x, want)
