@@ -79,10 +79,10 @@ def measure_memory(backend: str, length: int) -> dict[str, float]:
     def attend(size: int, watch: bool) -> float:
         query, key, value = (torch.randn(1, 8, size, 64).requires_grad_() for _ in range(3))
         grad_out = torch.randn(1, 8, size, 64)
-        before = _watermark() if watch else 0.0
+        before = watermark() if watch else 0.0
         out = flexref.flex_attention(query, key, value, mask_mod=_causal, backend=backend)
         out.backward(grad_out)
-        return _peak() - before if watch else 0.0
+        return peak() - before if watch else 0.0
 
     # compiled code and threads' stacks are not what is measured
     attend(512, watch=False)
@@ -93,7 +93,7 @@ def _causal(b, h, q_idx, kv_idx):
     return kv_idx <= q_idx
 
 
-def _watermark() -> float:
+def watermark() -> float:
     """Resets the kernel's record of the peak, and returns the bytes in use now."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -102,7 +102,7 @@ def _watermark() -> float:
     return _status("VmRSS:")
 
 
-def _peak() -> float:
+def peak() -> float:
     return _status("VmHWM:")
 
 

@@ -5,12 +5,17 @@ What is built is compared with brute force before it is timed: the blocks of a f
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import torch
+
+import flexref
 from bench.clock import Timing, interleaved, ratio
-from bench.fresh import in_new_process
+from bench.fresh import in_new_process, peak, watermark
+from flexref import create_block_mask
 
 if TYPE_CHECKING:
     from bench.run import Bench
@@ -35,8 +40,6 @@ def target_names(row: str) -> tuple[str, str]:
 
 def mask_mod(kind: str, length: int) -> Callable:
     """The mask of a row; documents have about 1,500 tokens."""
-    import torch
-
     if kind == "causal":
         return lambda b, h, q_idx, kv_idx: q_idx >= kv_idx
     if kind == "window":
@@ -47,30 +50,23 @@ def mask_mod(kind: str, length: int) -> Callable:
 
 def measure(kind: str, length: int) -> dict[str, float]:
     """Seconds of the first and of three later ones, and the growth of the peak; run by bench.fresh."""
-    import time
-
-    from bench.fresh import _peak, _watermark
-    from flexref import create_block_mask
-
     mod = mask_mod(kind, length)
     create_block_mask(lambda b, h, q_idx, kv_idx: q_idx > kv_idx + 3, None, None, 4096, 4096, "cpu")
-    before = _watermark()
-    samples, peak = [], 0.0
+    before = watermark()
+    samples, growth = [], 0.0
     for i in range(4):
         start = time.perf_counter()
         mask = create_block_mask(mod, None, None, length, length, "cpu")
         samples.append(time.perf_counter() - start)
         if i == 0:
-            peak = _peak() - before
+            growth = peak() - before
             _judge(mask, mod, length)
         del mask
-    return {"first": samples[0], "later": statistics.median(samples[1:]), "peak": peak}
+    return {"first": samples[0], "later": statistics.median(samples[1:]), "peak": growth}
 
 
 def _judge(mask, mod: Callable, length: int) -> None:
     """Three rows of blocks against every position in them."""
-    import torch
-
     for row in (0, length // 256, length // 128 - 1):
         q_idx, kv_idx = torch.arange(128)[:, None] + row * 128, torch.arange(length)
         allowed = mod(0, 0, q_idx, kv_idx).unflatten(1, (-1, 128))
@@ -97,10 +93,6 @@ def masks(bench: Bench) -> None:
 
 
 def _score_mod(bench: Bench) -> None:
-    import torch
-
-    import flexref
-
     name = "causal as a score_mod / causal as a mask, 17,797 tokens"
     if bench.refused("causal", (name,)):
         return

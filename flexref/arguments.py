@@ -9,10 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from flexref import block_found
 from flexref.argument_shapes import check_shapes, checked_scale, turned_lengths
 from flexref.arrays import shared_tensors
-from flexref.block_found import Found, question
+from flexref.block_found import Found, find_mask, question
 from flexref.block_mask import BlockMask, create_block_mask, noop_mask
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
@@ -204,7 +203,7 @@ def _found(score: Mod, query: Tensor, key: Tensor) -> Found | None:
         return None
     places: frozenset[int] = frozenset().union(*(roots_of(score.recipes[i]) for i in asked.captured))
     roots = tuple(score.roots[place] for place in sorted(places))
-    return _kept(score, roots, asked, query.device, lambda: block_found.found(score, asked, query.device))
+    return _kept(score, roots, asked, query.device, lambda: find_mask(score, asked, query.device))
 
 
 def _kept(mod: Mod, roots: tuple[Tensor, ...], sizes: tuple, device: torch.device, make: Callable[[], Any]) -> Any:

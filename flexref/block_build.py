@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from flexref.block_arguments import as_bool, checked_device, checked_sizes, described, kind_of_mod
-from flexref.block_lists import FULL, PARTIAL, Grid, Lists, broadcast, collect
-from flexref.block_split import listed, split
+from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
+from flexref.block_split import lists_of, split
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
 from flexref.mod_objects import name_of
 from flexref.one_float import OneFloat
 from flexref.program.compiled import nothing_compiled, original
+from flexref.program.intervals import Classifier
 from flexref.tensor_gate import check_memory, check_surroundings
 from flexref.uncompiled import uncompiled
 
@@ -46,16 +47,12 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
                 asked = asked._replace(B=min(grid.B, 1))
             if not program.graph.uses("h"):
                 asked = asked._replace(H=min(grid.H, 1))
-        from flexref.program.intervals import Classifier
-
         decide = Decider(mask_mod, asked, device)
-        if program is not None:
-            classify = Classifier(program.graph, program.captured, program.scalars)
-            found = split(classify, asked, lambda blocks: decide.decide(blocks.to(device)).cpu())
-            lists = Lists(*listed(found[PARTIAL], asked, device), *listed(found[FULL], asked, device))
-        else:
-            lists = collect((decide.strip(*ends) for ends in asked.strips()), device)
-        return broadcast(lists, asked, grid)
+        if program is None:
+            return collect((decide.strip(*ends) for ends in asked.strips()), device)
+        classify = Classifier(program.graph, program.captured, program.scalars)
+        found = split(classify, asked, lambda blocks: decide.decide(blocks.to(device)).cpu())
+        return broadcast(lists_of(found, asked, device), asked, grid)
 
 
 def _program(mask_mod: Callable, device: torch.device):

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from flexref.block_lists import FULL, PARTIAL, Grid, Lists
+from flexref.block_lists import FULL, PARTIAL, Grid
 from flexref.block_mask import BlockMask
-from flexref.block_split import listed, split
+from flexref.block_split import lists_of, split
 from flexref.mask_mods import noop_mask
 from flexref.program.intervals import Classifier, index_ranges
 from flexref.program.ir import Graph
@@ -41,17 +41,14 @@ def question(score: Mod, batch: int, heads: int, q_len: int, kv_len: int) -> Que
 
     Also where a read may be out of range, which is an error at masked positions too (R13).
     """
-    nodes = masking(score.graph)
-    if not nodes or q_len * kv_len < (_WORTH if score.key is not None else _WORTH_EACH_CALL):
+    read = masking(score.graph)
+    if read is None or q_len * kv_len < (_WORTH if score.key is not None else _WORTH_EACH_CALL):
         return None
     extents = ("b", batch), ("h", heads), ("q_idx", q_len), ("kv_idx", kv_len)
     if not _in_range(score.graph, tuple(tuple(x.shape) for x in score.captured), extents):
         return None
-    read = [score.graph.nodes[i] for i in sorted(nodes)]
-    inputs = {node.attr for node in read if node.op == "input"}
-    loads = {int(node.attr) for node in read if node.op == "load"}  # type: ignore[arg-type]
-    grid = Grid(batch if "b" in inputs else 1, heads if "h" in inputs else 1, q_len, kv_len, _BLOCK, _BLOCK)
-    return Question(grid, tuple(sorted(loads)))
+    B, H = batch if "b" in read.inputs else 1, heads if "h" in read.inputs else 1
+    return Question(Grid(B, H, q_len, kv_len, _BLOCK, _BLOCK), read.captured)
 
 
 @lru_cache(maxsize=1024)
@@ -64,7 +61,7 @@ def _in_range(graph: Graph, shapes: tuple[tuple[int, ...], ...], extents: tuple[
     return True
 
 
-def found(score: Mod, asked: Question, device: torch.device) -> Found | None:
+def find_mask(score: Mod, asked: Question, device: torch.device) -> Found | None:
     """None if every block is listed.
 
     A score_mod that ends in a choice is split into mask and score; one that goes on calculating with -inf stays as it is,
@@ -73,11 +70,10 @@ def found(score: Mod, asked: Question, device: torch.device) -> Found | None:
     grid, apart = asked.grid, split_score(score.graph)
     if apart is None:
         tiles = split(MaskedByScore(score.graph, score.captured, score.scalars), grid)
-        full = listed(tiles[PARTIAL] + tiles[FULL], grid, device)
-        lists = Lists(torch.zeros_like(full[0]), full[1][:0], *full)
+        tiles = {PARTIAL: [], FULL: tiles[PARTIAL] + tiles[FULL]}
     else:
         tiles = split(Classifier(apart.mask, score.captured, score.scalars), grid)
-        lists = Lists(*listed(tiles[PARTIAL], grid, device), *listed(tiles[FULL], grid, device))
+    lists = lists_of(tiles, grid, device)
     if len(lists.indices) + len(lists.full_indices) == grid.flat_rows * grid.columns:
         return None
     blocks = BlockMask._make(grid, lists, noop_mask, True, False)

@@ -165,8 +165,7 @@ def from_runs(row: Tensor, start: Tensor, length: Tensor, rows: int, device: tor
     length = torch.cat([first[1:], first.new_tensor([total])[: len(first)]]) - first
     indices = torch.empty(total, dtype=torch.int32, device="cpu")
     at = 0
-    for part in zip(start.split(_RUNS), length.split(_RUNS), strict=True):
-        columns, lengths = part
+    for columns, lengths in zip(start.split(_RUNS), length.split(_RUNS), strict=True):
         written = int(lengths.sum())
         # the column of an entry is its run's first, and how far it is behind the run's first entry
         shift = (columns - lengths.cumsum(0) + lengths).to(torch.int32).repeat_interleave(lengths)

@@ -179,13 +179,18 @@ def concat_masks(masks: Sequence[BlockOperators], along: str):
         raise TypeError(f"masks must be BlockMasks, at least one, got {wrong[0] if wrong else 'none'}")
     part, first = _ALONG[along], masks[0]
     for i, mask in enumerate(masks):
-        apart = [x for x in Grid._fields if x != part and getattr(mask.grid, x) != getattr(first.grid, x)]
-        if apart or mask.device != first.device or mask.separate_full_blocks != first.separate_full_blocks:
-            what = apart[0] if apart else "device" if mask.device != first.device else "separate_full_blocks"
-            values = [getattr(x.grid if apart else x, what) for x in (first, mask)]
-            raise ValueError(f"masks one behind another along {along} must be alike in all else; {what} of number {i} is "
-                             f"{values[1]} and of number 0 {values[0]}")  # fmt: skip
+        for name, value in _described(mask).items():
+            wanted = _described(first)[name]
+            if name != part and value != wanted:
+                raise ValueError(
+                    f"masks one behind another along {along} must be alike in all else; {name} of number {i} is {value} and of "
+                    f"number 0 {wanted}"
+                )
     sizes = [getattr(mask.grid, part) for mask in masks]
     mod = Concatenated([mask._agreeing().mask_mod for mask in masks], sizes, list(_ALONG).index(along))
     grid = first.grid._replace(**{part: sum(sizes)})
     return built(type(first), mod, grid, first.device, first.separate_full_blocks)
+
+
+def _described(mask: BlockOperators) -> dict[str, object]:
+    return mask.grid._asdict() | {"device": mask.device, "separate_full_blocks": mask.separate_full_blocks}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexref.block_lists import EMPTY, FULL, PARTIAL, Grid, from_runs
+from flexref.block_lists import EMPTY, FULL, PARTIAL, Grid, Lists, from_runs
 from flexref.program.interval import Interval, interval
 
 # a side has at most so many tiles to begin with, and an open tile is split into so many a side
@@ -116,11 +116,14 @@ def _settled(classify: Kinds, tiles: Tiles, grid: Grid, decide: Callable[[Tensor
     return kind
 
 
-def listed(parts: list[Tiles], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+def lists_of(found: dict[int, list[Tiles]], grid: Grid, device: torch.device) -> Lists:
+    """The lists of what `split` found."""
+    return Lists(*_listed(found[PARTIAL], grid, device), *_listed(found[FULL], grid, device))
+
+
+def _listed(parts: list[Tiles], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Offsets and indices of what the tiles cover, which do not overlap."""
-    if not parts:
-        parts = [_tiled(_whole(grid._replace(B=0)), 1)]
-    tiles = Tiles(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    tiles = Tiles(*(torch.cat(columns) for columns in zip(_whole(grid).pick(slice(0)), *parts, strict=True)))
     heights = tiles.row_end - tiles.row
     which = torch.repeat_interleave(torch.arange(len(heights), device="cpu"), heights)
     below = torch.arange(len(which), device="cpu") - torch.repeat_interleave(heights.cumsum(0) - heights, heights)

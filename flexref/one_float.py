@@ -41,8 +41,10 @@ class OneFloat(TorchFunctionMode):
         if not isinstance(dtype, torch.dtype):
             return x
         # a conversion to fewer bits than 32 would wrap, and is not made another one
-        whole = dtype in _NARROW if isinstance(x, Tensor) else dtype == torch.int32
-        wide = self.acc or dtype if dtype.is_floating_point else torch.int64 if whole else dtype
+        narrow = _NARROW if isinstance(x, Tensor) else {torch.int32}
+        wide = torch.int64 if dtype in narrow else dtype
+        if dtype.is_floating_point and self.acc:
+            wide = self.acc
         return wide if dtype is x else x if wide == dtype else x.to(wide)  # type: ignore[union-attr]
 
     def raised(self, x: object) -> object:

@@ -84,10 +84,10 @@ def check_surroundings() -> None:
             for kind in type(mode).__mro__:
                 if kind.__name__ in _MODES:
                     raise TypeError(f"flexref cannot run inside {type(mode).__name__}: {_MODES[kind.__name__]}.")
-            # a mode of somebody else's: whatever it is for, what is made under it must have memory
-            made = torch.empty(1, device="cpu")
-            if type(made) is not Tensor or not made.data_ptr():
-                raise TypeError(f"flexref cannot run inside {type(mode).__name__}: {_NO_MEMORY}.")
+        # modes of somebody else's: whatever they are for, what is made under them must have memory
+        made = torch.empty(1, device="cpu")
+        if type(made) is not Tensor or not made.data_ptr():
+            raise TypeError(f"flexref cannot run inside {type(mode).__name__}: {_NO_MEMORY}.")
     if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
         raise TypeError(f"flexref cannot run inside make_fx(pre_dispatch=True): {_RECORDED}.")
 

@@ -7,10 +7,10 @@ import torch
 from flexref import create_block_mask, create_mask
 from flexref.arguments import prepare
 from flexref.autograd import attend
-from flexref.backend import Backend, find_backends
 from flexref.errors import TraceError
 from flexref.program.trace import trace
 from flexref.reference import einsum, loops
+from tests.engines import runnable
 
 REFUSED = ["uint64", "float8_e4m3fn", "float8_e5m2", "complex64"]
 READ = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
@@ -44,17 +44,6 @@ def test_item_of_a_captured_tensor_is_told_to_be_read_before_the_call():
 
 
 WHOLE = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"]
-
-
-def runnable() -> list[Backend]:
-    """Every engine, on its own device or emulated."""
-    found = []
-    for backend in find_backends().values():
-        if backend.unavailable() and hasattr(backend, "emulated"):
-            backend = backend.emulated()  # type: ignore[attr-defined]
-        if not backend.unavailable():
-            found.append(backend)
-    return found
 
 
 @pytest.mark.parametrize("name", WHOLE)

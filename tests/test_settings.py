@@ -13,24 +13,14 @@ import torch
 import flexref
 from flexref.arguments import prepare
 from flexref.autograd import attend
-from flexref.backend import Backend, find_backends
+from flexref.backend import Backend
+from tests.engines import runnable
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORIES = set(
     """empty zeros ones full arange tensor as_tensor asarray scalar_tensor rand randn randint randperm empty_strided linspace
     logspace eye tril_indices triu_indices range normal frombuffer""".split()
 )
-
-
-def runnable() -> list[Backend]:
-    """Every engine, on its own device or emulated."""
-    found = []
-    for backend in find_backends().values():
-        if backend.unavailable() and hasattr(backend, "emulated"):
-            backend = backend.emulated()  # type: ignore[attr-defined]
-        if not backend.unavailable():
-            found.append(backend)
-    return found
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from flexref import block_found, explain, flex_attention
 from flexref.arguments import prepare
 from flexref.autograd import attend
-from flexref.backend import find_backends
 from flexref.backends import reference
 from flexref.program.split_score import split_score
 from flexref.program.trace import trace
+from tests.engines import runnable
 
 INF = float("inf")
 LENGTH = 40
@@ -172,11 +172,7 @@ def test_explain_tells():
 @pytest.mark.parametrize("name", ["causal", "a bias before", "ALiBi after", "by head"])
 def test_every_engine_runs_what_was_found(name):
     mod = FORMS[name][0]
-    for backend in find_backends().values():
-        if backend.unavailable() and hasattr(backend, "emulated"):
-            backend = backend.emulated()  # type: ignore[attr-defined]
-        if backend.unavailable():
-            continue
+    for backend in runnable():
         results = []
         for engine in (backend, reference):
             leaves = [t.requires_grad_() for t in inputs(24, 24)]

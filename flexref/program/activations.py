@@ -22,17 +22,19 @@ def clamp(x: Term, low=None, high=None, **_) -> Term:
     if SHARED_TIES and any(isinstance(bound, Term) for bound in (low, high)):
         x = x if low is None else op("maximum", x, low)
         return x if high is None else op("minimum", x, high)
-    if SHARED_TIES:
-        x = x if low is None else where(x <= low, low, x)
-        return x if high is None else where(x >= high, high, x)
-    x = x if low is None else where(x < low, low, x)
-    return x if high is None else where(x > high, high, x)
+    return _between(x, low, high, passes=not SHARED_TIES)
 
 
 def hardtanh(x: Term, low: float = -1, high: float = 1, **_) -> Term:
     """A clamp whose derivative at a bound is 0."""
-    x = where(x <= low, low, x)
-    return where(x >= high, high, x)
+    return _between(x, low, high, passes=False)
+
+
+def _between(x: Term, low, high, passes: bool) -> Term:
+    """`passes`: at a bound the derivative is x's own."""
+    if low is not None:
+        x = where(x < low if passes else x <= low, low, x)
+    return x if high is None else where(x > high if passes else x >= high, high, x)
 
 
 def relu(x: Term, **_) -> Term:

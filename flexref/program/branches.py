@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from flexref.program.builder import Builder
-from flexref.program.ir import Graph, Node
+from flexref.program.ir import Graph, Node, is_const
 
 # a condition: the node that holds it, or True (anywhere) or False (nowhere)
 Condition = int | bool
@@ -28,10 +28,10 @@ def masked_conditions(graph: Graph) -> frozenset[tuple[int, bool]]:
     found, at = set(), dict(graph.outputs)["out"]
     while graph.nodes[at].op == "where":
         condition, a, b = graph.nodes[at].args
-        if _is_const(graph.nodes[b], -float("inf")):
+        if is_const(graph.nodes[b], -float("inf")):
             found.add((condition, True))
             at = a
-        elif _is_const(graph.nodes[a], -float("inf")):
+        elif is_const(graph.nodes[a], -float("inf")):
             found.add((condition, False))
             at = b
         else:
@@ -183,7 +183,3 @@ def _size(node: Node, args: list[float]) -> float:
     if node.op in ("neg", "abs", "int_to_float"):
         return args[0]
     return max(args[-2:]) if node.op in ("where", "minimum", "maximum") else float("inf")
-
-
-def _is_const(node: Node, value: float) -> bool:
-    return node.op == "const" and node.attr == value

@@ -35,25 +35,24 @@ def evaluate_intervals(
     values: list[Interval] = []
     for node in graph.nodes:
         args = [values[a] for a in node.args]
+        value = WIDEST[node.type]
         if node.op == "input":
-            values.append(inputs.get(str(node.attr), WIDEST[node.type]))
-        elif node.op == "const":
-            values.append(_whole(interval(float(node.attr))) if node.type == "int" else interval(float(node.attr)))  # type: ignore
-        elif node.op == "scalar":
-            value = WIDEST[node.type] if scalars is None else interval(float(scalars[int(node.attr)]))  # type: ignore
-            values.append(_whole(value) if node.type == "int" else value)
+            values.append(inputs.get(str(node.attr), value))
+            continue
+        if node.op == "const":
+            value = interval(float(node.attr))  # type: ignore[arg-type]
+        elif node.op == "scalar" and scalars is not None:
+            value = interval(float(scalars[int(node.attr)]))  # type: ignore[arg-type]
         elif node.op == "load":
-            values.append(_whole(load(node, args)) if node.type == "int" else load(node, args))
+            value = load(node, args)
         elif node.op in _COMPARE:
             exact = all(graph.nodes[a].type != "float" for a in node.args)
-            values.append(_compare(node.op, *args, margin=0.0 if exact else _MARGIN))
+            value = _compare(node.op, *args, margin=0.0 if exact else _MARGIN)
         elif node.op in _RULES:
-            values.append(_known(_RULES[node.op](*args)))
-            if node.type == "int":
-                known = _int_remainder(values[-1], args[1]) if node.op == "remainder" else values[-1]
-                values[-1] = _whole(known)
-        else:
-            values.append(WIDEST[node.type])
+            value = _known(_RULES[node.op](*args))
+            if node.op == "remainder" and node.type == "int":
+                value = _int_remainder(value, args[1])
+        values.append(_whole(value) if node.type == "int" else value)
     return values
 
 
@@ -67,15 +66,19 @@ class Classifier:
     def __call__(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Tensor:
         """EMPTY, FULL or PARTIAL (not known): int8 (N,). Each input is a point, or (N,) of first and last."""
         inputs = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
-
-        def load(node: Node, indices: list[Interval]) -> Interval:
-            return self.readers[int(node.attr)].read(indices, WIDEST[node.type])  # type: ignore[arg-type]
-
-        out = evaluate_intervals(self.graph, inputs, load, self.scalars)[dict(self.graph.outputs)["out"]]
+        empty, full = self.decided(evaluate_intervals(self.graph, inputs, self._load, self.scalars))
         ends = [end for index in inputs.values() for end in index]
         count = len(torch.broadcast_tensors(torch.zeros(1, device="cpu"), *ends)[0])
         kind = torch.full((count,), PARTIAL, dtype=torch.int8, device="cpu")
-        return kind.masked_fill_(out.high < 1, EMPTY).masked_fill_(out.low > 0, FULL)
+        return kind.masked_fill_(full, FULL).masked_fill_(empty, EMPTY)
+
+    def decided(self, values: list[Interval]) -> tuple[Tensor, Tensor]:
+        """Which tiles are empty and which are full, from the interval of every node."""
+        out = values[dict(self.graph.outputs)["out"]]
+        return out.high < 1, out.low > 0
+
+    def _load(self, node: Node, indices: list[Interval]) -> Interval:
+        return self.readers[int(node.attr)].read(indices, WIDEST[node.type])  # type: ignore[arg-type]
 
 
 def index_ranges(

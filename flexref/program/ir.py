@@ -99,6 +99,11 @@ def differentiable_loads(graph: Graph) -> set[int]:
     return {int(graph.nodes[at].attr) for at in seen if graph.nodes[at].op == "load"}  # type: ignore[arg-type]
 
 
+def is_const(node: Node, value: float) -> bool:
+    """Whether a node is this constant."""
+    return node.op == "const" and node.attr == value
+
+
 def check(graph: Graph) -> None:
     """Raise AssertionError, naming the node, if the graph breaks the grammar or a type."""
     for i, node in enumerate(graph.nodes):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexref.program.interval import Interval
-from flexref.program.intervals import EMPTY, FULL, PARTIAL, WIDEST, evaluate_intervals
-from flexref.program.ir import Graph, Node
-from flexref.program.range_tables import Reader
+from flexref.program.intervals import Classifier
+from flexref.program.ir import Graph, Node, is_const
 
 _INF = float("inf")
 # within it a number is finite, and its inverse not 0, in every type
@@ -22,22 +22,32 @@ _FINITE = 1e30
 _PASSES = {"add": (0, 1), "sub": (0,), "mul": (0, 1), "div": (0,), "detach": (0,)}
 
 
+class Masking(NamedTuple):
+    """What decides about -inf: the inputs and the captured tensors of conditions, and of what is added or multiplied."""
+
+    inputs: frozenset[str]
+    captured: tuple[int, ...]
+
+
 @lru_cache(maxsize=1024)
-def masking(graph: Graph) -> frozenset[int]:
-    """The nodes that decide about -inf: those of conditions, and of what is added or multiplied; none if nothing is masked."""
-    may = _may_mask(graph)
+def masking(graph: Graph) -> Masking | None:
+    """None where nothing is masked."""
+    may, out = _may_mask(graph), dict(graph.outputs)["out"]
+    if not may[out]:
+        return None
     found: set[int] = set()
-    todo = [dict(graph.outputs)["out"]] if may[dict(graph.outputs)["out"]] else []
+    todo = [out]
     while todo:
         at = todo.pop()
-        node = graph.nodes[at]
-        found.add(at)
-        for i, arg in enumerate(node.args):
-            if may[arg]:
-                todo.append(arg)
-            elif node.op != "where" or i == 0:
-                found |= _all_of(graph, arg)
-    return frozenset(found)
+        if at not in found:
+            found.add(at)
+            node = graph.nodes[at]
+            # what is chosen, and is not -inf itself, decides nothing
+            chosen = node.args[1:] if node.op == "where" and may[at] else ()
+            todo += [arg for arg in node.args if may[arg] or arg not in chosen]
+    nodes = [graph.nodes[at] for at in found]
+    loads = {int(node.attr) for node in nodes if node.op == "load"}  # type: ignore[arg-type]
+    return Masking(frozenset(str(node.attr) for node in nodes if node.op == "input"), tuple(sorted(loads)))
 
 
 def _may_mask(graph: Graph) -> list[bool]:
@@ -49,18 +59,8 @@ def _may_mask(graph: Graph) -> list[bool]:
         elif node.op in _PASSES:
             may.append(any(args[i] for i in _PASSES[node.op]))
         else:
-            may.append(node.op == "const" and node.type == "float" and node.attr == -_INF)
+            may.append(is_const(node, -_INF))
     return may
-
-
-def _all_of(graph: Graph, at: int) -> set[int]:
-    found, todo = set(), [at]
-    while todo:
-        at = todo.pop()
-        if at not in found:
-            found.add(at)
-            todo += graph.nodes[at].args
-    return found
 
 
 def _clean(graph: Graph) -> list[bool]:
@@ -72,18 +72,15 @@ def _clean(graph: Graph) -> list[bool]:
     return clean
 
 
-class MaskedByScore:
+class MaskedByScore(Classifier):
     """Says of tiles of positions whether a score_mod is -inf at all of them (EMPTY), at none by itself (FULL), or at some."""
 
     def __init__(self, graph: Graph, captured: Sequence[Tensor], scalars: Sequence[int | float]):
-        self.graph, self.scalars = graph, scalars
-        self.readers = [Reader(x) for x in captured]
-        self.may, self.clean, self.asked = _may_mask(graph), _clean(graph), masking(graph)
+        super().__init__(graph, captured, scalars)
+        self.may, self.clean = _may_mask(graph), _clean(graph)
 
-    def __call__(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Tensor:
-        """EMPTY, FULL or PARTIAL: int8 (N,). Each input is a point, or (N,) of first and last."""
-        inputs = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
-        values = evaluate_intervals(self.graph, inputs, self._load, self.scalars)
+    def decided(self, values: list[Interval]) -> tuple[Tensor, Tensor]:
+        """Where the result is always and where it is never -inf."""
         always: list[Tensor] = []
         never: list[Tensor] = []
         for i, node in enumerate(self.graph.nodes):
@@ -91,13 +88,7 @@ class MaskedByScore:
             always.append(both[0])
             never.append(both[1])
         out = dict(self.graph.outputs)["out"]
-        ends = [end for index in inputs.values() for end in index]
-        count = len(torch.broadcast_tensors(torch.zeros(1, device="cpu"), *ends)[0])
-        kind = torch.full((count,), PARTIAL, dtype=torch.int8, device="cpu")
-        return kind.masked_fill_(never[out], FULL).masked_fill_(always[out], EMPTY)
-
-    def _load(self, node: Node, indices: list[Interval]) -> Interval:
-        return self.readers[int(node.attr)].read(indices, WIDEST[node.type])  # type: ignore[arg-type]
+        return always[out], never[out]
 
     def _where(self, node: Node, values: list[Interval], always: list[Tensor], never: list[Tensor]) -> tuple[Tensor, Tensor]:
         condition, a, b = node.args

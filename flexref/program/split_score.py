@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from flexref.program.builder import Builder, Ref
-from flexref.program.ir import Graph
+from flexref.program.ir import Graph, is_const
 
 _INF = float("inf")
 
@@ -46,9 +46,9 @@ class _Taken:
         if node.op != "where" or node.type != "float":
             return None, place
         condition, a, b = node.args
-        if self._masked(b):
+        if is_const(self.nodes[b], -_INF):
             return self._kept(condition, a, True)
-        if self._masked(a):
+        if is_const(self.nodes[a], -_INF):
             return self._kept(condition, b, False)
         (here, value), (there, other) = self.apart(a), self.apart(b)
         if (here is None and there is None) or not self.still[condition]:
@@ -66,9 +66,6 @@ class _Taken:
             return self._and(c, allowed), value
         # where the score chooses, its choice stays
         return allowed, self._op("where", c, value, self.builder.const(-_INF))
-
-    def _masked(self, at: int) -> bool:
-        return self.nodes[at].op == "const" and self.nodes[at].attr == -_INF
 
     def _op(self, name: str, *places: int) -> int:
         return self.builder.op(name, *map(Ref, places)).position
