@@ -31,6 +31,11 @@ ROWS: dict[str, tuple[int, str, float, float | None]] = {
     "1,048,576 documents & window 4,096": (1 << 20, "documents and window", 1.0, 200.0),
     "1,048,576 causal": (1 << 20, "causal", 1.0, 200.0),
 }
+# the mask of each step of decoding: heads that differ, and the mask
+STEPS: dict[str, tuple[int, Callable]] = {
+    "BlockMask.rows of one query, 32,768 window 4,096": (1, lambda b, h, q, k: (q >= k) & (q - k < WINDOW)),
+    "BlockMask.rows of one query, 8 heads with windows of their own": (8, lambda b, h, q, k: (q >= k) & (q - k < WINDOW * (h + 1))),
+}
 
 
 def target_names(row: str) -> tuple[str, str]:
@@ -77,7 +82,7 @@ def _judge(mask, mod: Callable, length: int) -> None:
 
 
 def masks(bench: Bench) -> None:
-    """Every row of ROWS, and causal written as a score_mod beside causal as a mask."""
+    """Every row of ROWS, steps of decoding, and causal written as a score_mod beside causal as a mask."""
     for row, (length, kind, _, memory) in ROWS.items():
         seconds, megabytes = target_names(row)
         with TemporaryDirectory() as cache:
@@ -89,7 +94,21 @@ def masks(bench: Bench) -> None:
         if memory is not None:
             peaks = [run["peak"] / 1e6 for run in runs]
             bench.target(megabytes, statistics.median(peaks), spread=Timing.of(peaks))
+    _decoding(bench)
     _score_mod(bench)
+
+
+def _decoding(bench: Bench) -> None:
+    """One row of a mask for 32,768 tokens, as each step takes it."""
+    for name, (heads, mod) in STEPS.items():
+        mask = create_block_mask(mod, 1, heads, 32768, 32768, "cpu")
+
+        def many(mask=mask) -> None:
+            for at in range(20000, 20200):
+                mask.rows(at, at + 1)
+
+        took = Timing.of([5e3 * s for s in interleaved({"ours": many}, bench.rounds, 5.0)["ours"]])
+        bench.target(name, took.median, spread=took)
 
 
 def _score_mod(bench: Bench) -> None:
