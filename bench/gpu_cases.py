@@ -8,7 +8,7 @@ import torch
 
 from bench.cases import Target, Variant
 from flexref.cli.cases import CAP, alibi, before, capped, prefixed, same
-from flexref.mod_objects import moved
+from flexref.program.mod_objects import moved
 from flexref.variants import masks, score_mods
 
 TOKENS, WIDTH, WINDOW = 16384, 2048, 1024

@@ -34,7 +34,10 @@ ROWS: dict[str, tuple[int, str, float, float | None]] = {
 # the mask of each step of decoding: heads that differ, and the mask
 STEPS: dict[str, tuple[int, Callable]] = {
     "BlockMask.rows of one query, 32,768 window 4,096": (1, lambda b, h, q, k: (q >= k) & (q - k < WINDOW)),
-    "BlockMask.rows of one query, 8 heads with windows of their own": (8, lambda b, h, q, k: (q >= k) & (q - k < WINDOW * (h + 1))),
+    "BlockMask.rows of one query, 8 heads with windows of their own": (
+        8,
+        lambda b, h, q, k: (q >= k) & (q - k < WINDOW * (h + 1)),
+    ),
 }
 
 

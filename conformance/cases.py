@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexref.block_mask import BlockMask, create_block_mask
+from flexref.blocks.mask import BlockMask, create_block_mask
 from flexref.conformance.call import INPUTS, Call
 from flexref.conformance.layouts import LAYOUTS, VALUES
 from flexref.conformance.mods import CAPTURES, FLOATS, make_mod, names_in

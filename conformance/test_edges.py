@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flexref.arguments import prepare
 from flexref.backend import Backend
-from flexref.block_mask import BlockMask, create_block_mask
+from flexref.blocks.mask import BlockMask, create_block_mask
 from flexref.conformance.cases import Case
 from flexref.conformance.checks import check_case
 from flexref.errors import TraceError

@@ -13,7 +13,7 @@ from flexref.arguments import prepare
 from flexref.arrays import shared_tensors
 from flexref.autograd import attend
 from flexref.backend import find_backends, said
-from flexref.block_mask import BlockMask
+from flexref.blocks.mask import BlockMask
 from flexref.dispatch.choose import Choice, choose, refusal
 from flexref.dispatch.explanation import Explanation, explained
 from flexref.dispatch.options import checked_options, wanted_backend

@@ -1,6 +1,6 @@
 """FlexAttention with its meaning written down, and more than one engine to run it."""
 from flexref import variants  # its masks load with torch.load(weights_only=True) as soon as flexref is imported
-from flexref.block_mask import (
+from flexref.blocks.mask import (
     BlockMask,
     and_masks,
     create_block_mask,
@@ -8,8 +8,8 @@ from flexref.block_mask import (
     noop_mask,
     or_masks,
 )
-from flexref.block_nested import create_nested_block_mask
-from flexref.block_operators import concat_masks
+from flexref.blocks.nested import create_nested_block_mask
+from flexref.blocks.operators import concat_masks
 from flexref.dispatch import AuxOutput, AuxRequest, explain, flex_attention
 from flexref.errors import FlexrefError, TraceError, Unsupported
 from flexref.torch_names import (

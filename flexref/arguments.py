@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flexref.argument_shapes import check_shapes, checked_scale, turned_lengths
 from flexref.arrays import shared_tensors
-from flexref.block_found import Found, find_mask, question
-from flexref.block_mask import BlockMask, create_block_mask, noop_mask
+from flexref.blocks.found import Found, find_mask, question
+from flexref.blocks.mask import BlockMask, create_block_mask, noop_mask
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.compiled import original

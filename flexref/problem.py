@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from flexref.block_mask import BlockMask
+from flexref.blocks.mask import BlockMask
 from flexref.program.ir import Graph
 
 ACC_DTYPE = {

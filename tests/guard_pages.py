@@ -24,8 +24,8 @@ from torch import Tensor
 import flexref
 from flexref.arguments import prepare
 from flexref.autograd import attend
-from flexref.block_lists import Lists
-from flexref.block_state import Walk
+from flexref.blocks.lists import Lists
+from flexref.blocks.state import Walk
 from flexref.variants import masks
 
 PAGE = mmap.PAGESIZE

@@ -18,7 +18,7 @@ from flexref.program.ops import OPS, TYPES
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("backends", "dispatch", "conformance")
 
-# a part of flexref, and the parts it may import beside itself; `block` is block_mask with its helpers
+# a part of flexref, and the parts it may import beside itself
 BELOW = {
     "errors": "",
     "interrupts": "",
@@ -36,17 +36,16 @@ BELOW = {
     "arrays": "tensor_gate",
     "argument_shapes": "",
     "program": "errors interrupts recent tensor_gate",
-    "block": "errors interrupts one_float recent program tensor_gate uncompiled",
-    "variants": "errors program block",
-    "problem": "errors program block",
-    "backend": "errors interrupts problem program block",
-    "arguments": "errors recent argument_shapes tensor_gate arrays contents problem program block",
-    "autograd": "errors recent backend problem program block",
-    "dispatch": "errors recent uncompiled torch_names arrays autograd arguments backend problem program block",
-    "backends": "errors interrupts cache_folder index_error index_proof recent problem program block",
-    "conformance": "errors recent reference taken autograd arguments backend problem program block variants",
+    "blocks": "errors interrupts one_float recent program tensor_gate uncompiled",
+    "variants": "errors program blocks",
+    "problem": "errors program blocks",
+    "backend": "errors interrupts problem program blocks",
+    "arguments": "errors recent argument_shapes tensor_gate arrays contents problem program blocks",
+    "autograd": "errors recent backend problem program blocks",
+    "dispatch": "errors recent uncompiled torch_names arrays autograd arguments backend problem program blocks",
+    "backends": "errors interrupts cache_folder index_error index_proof recent problem program blocks",
+    "conformance": "errors recent reference taken autograd arguments backend problem program blocks variants",
 }
-BLOCK = ("mask_mods", "mod_objects")
 # lines of a file and of a function without its docstring; the suite, which is data in large part, may be longer
 CORE, SUITE = (260, 45), (300, 55)
 
@@ -79,8 +78,7 @@ def imported(path: Path) -> set[str]:
 
 def part_of(module: str) -> str:
     """The key of BELOW that a dotted name belongs to."""
-    name = (module.split(".") + ["flexref"])[1]
-    return "block" if name in BLOCK or name.startswith("block_") else name
+    return (module.split(".") + ["flexref"])[1]
 
 
 @pytest.mark.parametrize("module", SOURCES)

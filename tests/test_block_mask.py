@@ -19,8 +19,9 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.nn.attention import flex_attention as torch_flex
 
-from flexref import block_build, flex_attention
-from flexref.block_mask import (
+from flexref import flex_attention
+from flexref.blocks import build
+from flexref.blocks.mask import (
     BlockMask,
     and_masks,
     create_block_mask,
@@ -31,8 +32,8 @@ from flexref.block_mask import (
     shift_mask,
     xor_masks,
 )
-from flexref.block_nested import create_nested_block_mask
-from flexref.mod_objects import name_of
+from flexref.blocks.nested import create_nested_block_mask
+from flexref.program.mod_objects import name_of
 from flexref.program.mods import traced_mod
 from flexref.variants import masks, score_mods
 
@@ -115,14 +116,14 @@ def allowed(mask: BlockMask) -> Tensor:
 
 
 def always_traced(traced: bool):
-    return mock.patch.object(block_build, "_WORTH_TRACING", 0 if traced else 1 << 60)
+    return mock.patch.object(build, "_WORTH_TRACING", 0 if traced else 1 << 60)
 
 
 @FEW
 @given(problems(), st.booleans(), st.sampled_from((7, 64, 1 << 20)))
 def test_blocks_are_those_of_the_dense_mask(problem, traced, at_once):
     mod, *shape, size = problem
-    with always_traced(traced), mock.patch.object(block_build, "_POSITIONS", at_once):
+    with always_traced(traced), mock.patch.object(build, "_POSITIONS", at_once):
         mask = create_block_mask(mod, *shape, device="cpu", BLOCK_SIZE=size)
         assert torch.equal(create_mask(mod, *shape, device="cpu"), brute(mod, *shape))
     dense = brute(mod, *shape)

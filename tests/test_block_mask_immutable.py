@@ -20,8 +20,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.utils import _pytree as pytree
 
 from flexref import flex_attention
-from flexref.block_lists import Lists
-from flexref.block_mask import (
+from flexref.blocks.lists import Lists
+from flexref.blocks.mask import (
     BlockMask,
     and_masks,
     create_block_mask,
@@ -31,7 +31,7 @@ from flexref.block_mask import (
     shift_mask,
     xor_masks,
 )
-from flexref.block_state import loaded
+from flexref.blocks.state import loaded
 from flexref.variants import masks, score_mods
 
 LISTS = r"BlockMask\.from_kv_blocks"

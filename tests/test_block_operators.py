@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexref import BlockMask, concat_masks, create_block_mask, flex_attention
-from flexref.mask_mods import Concatenated, Transposed, and_masks, not_mask, shift_mask, xor_masks
+from flexref.blocks.mask_mods import Concatenated, Transposed, and_masks, not_mask, shift_mask, xor_masks
 from flexref.variants import masks
 
 ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3] * 9).sort().values

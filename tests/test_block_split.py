@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexref import block_build, block_split, create_block_mask, create_mask
-from flexref.block_lists import from_runs
+from flexref import create_block_mask, create_mask
+from flexref.blocks import build, split
+from flexref.blocks.lists import from_runs
 from flexref.program import range_tables
 from flexref.program.interval import interval
 from flexref.variants import masks
@@ -69,8 +70,8 @@ def kinds_of(mod, B, H, q_len, kv_len, size) -> torch.Tensor:
 
 def by_splitting(mod, *shape, size, first=16, each=4, at_once=1 << 15, fine=1 << 14):
     patches = (
-        (block_build, "_WORTH_TRACING", -1), (block_split, "_FIRST", first), (block_split, "_SPLIT", each),
-        (block_split, "_TILES", at_once), (range_tables, "_FINE", fine), (range_tables, "_CHUNK", 3),
+        (build, "_WORTH_TRACING", -1), (split, "_FIRST", first), (split, "_SPLIT", each),
+        (split, "_TILES", at_once), (range_tables, "_FINE", fine), (range_tables, "_CHUNK", 3),
     )  # fmt: skip
     with ExitStack() as stack:
         for place, name, value in patches:
@@ -122,7 +123,7 @@ def test_nothing_is_asked_where_a_program_says_it_all():
         return (q_idx >= kv_idx) & (q_idx - kv_idx < 4096) & (documents[q_idx] == documents[kv_idx])
 
     for mask in (masks.causal, masks.sliding_window(4096), mod):
-        with mock.patch.object(block_build.Decider, "decide", side_effect=AssertionError("a block was asked")):
+        with mock.patch.object(build.Decider, "decide", side_effect=AssertionError("a block was asked")):
             made = create_block_mask(mask, 1, 1, 1 << 16, 1 << 16, device="cpu")
         whole = create_block_mask(mask, 2, 3, 1 << 16, 1 << 16, device="cpu")
         assert all(torch.equal(a, b) for a, b in zip(made.csr, whole[1, 2].csr, strict=True))

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexref import block_found, explain, flex_attention
+from flexref import explain, flex_attention
 from flexref.arguments import prepare
 from flexref.autograd import attend
 from flexref.backends import reference
+from flexref.blocks import found
 from flexref.program.split_score import split_score
 from flexref.program.trace import trace
 from tests.engines import runnable
@@ -39,7 +40,7 @@ def looked_at() -> ExitStack:
     """However few positions there are."""
     stack = ExitStack()
     for name, value in (("_WORTH", 0), ("_WORTH_EACH_CALL", 0), ("_BLOCK", 8)):
-        stack.enter_context(mock.patch.object(block_found, name, value))
+        stack.enter_context(mock.patch.object(found, name, value))
     return stack
 
 
@@ -49,7 +50,7 @@ def inputs(q_len=LENGTH, kv_len=LENGTH, dtype=torch.float32):
     return [torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
-def found(mod, *x):
+def looked_for(mod, *x):
     problem, tensors = prepare(*(x or inputs()), mod)
     return problem, tensors.block_mask if tensors.found else None
 
@@ -91,7 +92,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_of_masking_is_found_and_means_the_same(name):
     mod, apart = FORMS[name]
-    problem, blocks = found(mod)
+    problem, blocks = looked_for(mod)
     assert blocks is not None and blocks.sparsity() > 5
     assert (problem.mask is not None) == apart
     assert (split_score(trace(mod, "score").graph) is not None) == apart
@@ -115,7 +116,7 @@ NOTHING = {
 
 @pytest.mark.parametrize("name", NOTHING)
 def test_what_is_no_mask_is_not_taken_for_one(name):
-    assert found(NOTHING[name])[1] is None
+    assert looked_for(NOTHING[name])[1] is None
     check(NOTHING[name])
 
 
@@ -143,20 +144,20 @@ def test_it_follows_what_the_condition_reads_and_nothing_else():
         return torch.where(k < limit[0], s + table[k], -INF)
 
     check(mod, *x, captured=(table,))
-    with mock.patch.object(block_found, "split", side_effect=AssertionError("looked at again")):
+    with mock.patch.object(found, "split", side_effect=AssertionError("looked at again")):
         with torch.no_grad():
             table += 1.0
         check(mod, *x, captured=(table,))
     for write in (lambda: limit.fill_(30), lambda: limit.data.fill_(17)):
         write()
         check(mod, *x, captured=(table,))
-        blocks = found(mod, *x)[1]
+        blocks = looked_for(mod, *x)[1]
         assert blocks and blocks.sparsity() == pytest.approx(100 * (1 - (32, 24)[limit.item() == 17] / 40))
 
 
 def test_a_read_out_of_range_stays_an_error():
     mod = lambda s, b, h, q, k: torch.where(q < 8, s + bias[0, k + 1], -INF)  # noqa: E731
-    assert found(mod)[1] is None
+    assert looked_for(mod)[1] is None
     with pytest.raises(IndexError, match="captured tensor bias"):
         flex_attention(*inputs(), mod, backend="numba_cpu")
 

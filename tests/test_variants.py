@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 
-from flexref.block_mask import create_block_mask, create_mask
+from flexref.blocks.mask import create_block_mask, create_mask
 from flexref.program.interpret import interpret
 from flexref.program.trace import trace
 from flexref.variants import masks, score_mods

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexref.mask_mods import MaskMod, and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
+from flexref.blocks.mask_mods import MaskMod, and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
 
 __all__ = [
     "and_masks", "causal", "chunked", "dilated_window", "document", "document_ids", "from_table", "global_tokens",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexref.mod_objects import CallableMod, name_of
+from flexref.program.mod_objects import CallableMod, name_of
 
 __all__ = ["alibi", "by_mask", "causal", "compose", "relative_position", "soft_cap", "table_bias"]
 

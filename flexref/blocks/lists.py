@@ -6,6 +6,7 @@ flat: row r of batch b and head h is (b * H + h) * rows + r. The kind of a block
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import NamedTuple
@@ -29,6 +30,11 @@ class Grid(NamedTuple):
     kv_len: int
     q_block: int
     kv_block: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, q_len, kv_len)."""
+        return self.B, self.H, self.q_len, self.kv_len
 
     @property
     def rows(self) -> int:
@@ -133,6 +139,17 @@ def row_of_entry(offsets: Tensor) -> Tensor:
     """The flat row of each listed block, counted from the first row of `offsets`."""
     counts = offsets.diff()
     return torch.repeat_interleave(torch.arange(len(counts), device=offsets.device), counts)
+
+
+def sparsity(lists: Lists, grid: Grid) -> float:
+    """Percent of the positions that lie in blocks not listed; 0 if there are no positions."""
+    positions, listed = math.prod(grid.shape), 0
+    for offsets, indices in (lists[:2], lists[2:]):
+        row = row_of_entry(offsets) % max(grid.rows, 1)
+        height = (grid.q_len - row * grid.q_block).clamp(max=grid.q_block)
+        width = (grid.kv_len - indices.long() * grid.kv_block).clamp(max=grid.kv_block)
+        listed += int((height * width).sum())
+    return 100.0 * (positions - listed) / positions if positions else 0.0
 
 
 def to_padded(offsets: Tensor, indices: Tensor, shape: tuple[int, int, int], columns: int) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from flexref.block_build import Decider, build
-from flexref.block_lists import FULL, PARTIAL, Grid, Lists, broadcast, collect, expand, take_rows
-from flexref.mask_mods import Constant, Listed, Offset, Table
-from flexref.mod_objects import CallableMod, name_of
+from flexref.blocks.build import Decider, build
+from flexref.blocks.lists import FULL, PARTIAL, Grid, Lists, broadcast, collect, expand, take_rows
+from flexref.blocks.mask_mods import Constant, Listed, Offset, Table
+from flexref.program.mod_objects import CallableMod, name_of
 
 
 def common_grid(a: Grid, b: Grid) -> Grid:

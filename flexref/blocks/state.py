@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flexref.block_arguments import check_list, check_mask_mod, checked_block_size, checked_sizes
-from flexref.block_lists import Grid, Lists, by_work, first_problem, transpose
-from flexref.mod_objects import moved, name_of, same_mod
+from flexref.blocks.inputs import check_list, check_mask_mod, checked_block_size, checked_sizes
+from flexref.blocks.lists import Grid, Lists, by_work, first_problem, transpose
+from flexref.program.mod_objects import moved, name_of, same_mod
 
 _LISTS = "BlockMask.from_kv_blocks(...) makes one of other lists"
 _GRID = "create_block_mask(mask_mod, B, H, Q_LEN, KV_LEN, device, BLOCK_SIZE) makes another"

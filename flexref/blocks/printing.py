@@ -1,21 +1,17 @@
 """A BlockMask as text: one cell a block, or a group of blocks where there are too many."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from flexref.block_lists import EMPTY, FULL, expand
-from flexref.mod_objects import name_of
-
-if TYPE_CHECKING:
-    from flexref.block_mask import BlockMask
+from flexref.blocks.lists import EMPTY, FULL, expand, sparsity
+from flexref.blocks.state import BlockState
+from flexref.program.mod_objects import name_of
 
 _CELL = {"empty": "  ", "partial": "░░", "full": "██"}
 
 
-def picture(mask: BlockMask, grid_size: int | tuple[int, int], limit: int) -> str:
+def picture(mask: BlockState, grid_size: int | tuple[int, int], limit: int) -> str:
     """One grid for each of the first `limit` pairs (b, h); at most grid_size cells, -1 for one cell a block."""
     sizes = (grid_size, grid_size) if isinstance(grid_size, int) else tuple(grid_size)
     if len(sizes) != 2 or any(not isinstance(n, int) or n == 0 or n < -1 for n in sizes):
@@ -29,17 +25,17 @@ def picture(mask: BlockMask, grid_size: int | tuple[int, int], limit: int) -> st
     return "\n\n".join(parts)
 
 
-def description(mask: BlockMask) -> str:
+def description(mask: BlockState) -> str:
     """What a BlockMask is, a line for each thing."""
     try:
         lists = mask.walk.csr
     except (TypeError, ValueError) as error:
-        return f"BlockMask(shape={mask.shape}, of leaves that are no lists: {error})"
+        return f"BlockMask(shape={mask.grid.shape}, of leaves that are no lists: {error})"
     lines = [
-        f"shape={mask.shape}",
+        f"shape={mask.grid.shape}",
         f"BLOCK_SIZE={mask.BLOCK_SIZE}",
         f"blocks=(partial={len(lists.indices)}, full={len(lists.full_indices)}, of={mask.grid.flat_rows * mask.grid.columns})",
-        f"sparsity={mask.sparsity():.2f}%",
+        f"sparsity={sparsity(lists, mask.grid):.2f}%",
         f"device={mask.device}",
         f"mask_mod={name_of(mask.mask_mod)}",
     ]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexref.block_arguments import check_mask_mod
-from flexref.block_mask import BlockMask, create_block_mask
-from flexref.mask_mods import Packed
+from flexref.blocks.inputs import check_mask_mod
+from flexref.blocks.mask import BlockMask, create_block_mask
+from flexref.blocks.mask_mods import Packed
 from flexref.uncompiled import uncompiled
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from flexref.block_lists import FULL, PARTIAL, Grid
-from flexref.block_mask import BlockMask
-from flexref.block_split import lists_of, split
-from flexref.mask_mods import noop_mask
+from flexref.blocks.lists import FULL, PARTIAL, Grid
+from flexref.blocks.mask import BlockMask
+from flexref.blocks.mask_mods import noop_mask
+from flexref.blocks.split import lists_of, split
 from flexref.program.intervals import Classifier, index_ranges
 from flexref.program.ir import Graph
 from flexref.program.minus_infinity import MaskedByScore, masking

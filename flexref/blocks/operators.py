@@ -10,12 +10,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from flexref import block_algebra as algebra
-from flexref.block_arguments import checked_index, checked_size
-from flexref.block_build import build
-from flexref.block_lists import Grid, Lists, one_row, take_rows
-from flexref.block_torch import TorchForm
-from flexref.mask_mods import (
+from flexref.blocks import algebra
+from flexref.blocks.build import build
+from flexref.blocks.inputs import checked_index, checked_size
+from flexref.blocks.lists import Grid, Lists, one_row, take_rows
+from flexref.blocks.mask_mods import (
     Concatenated,
     Offset,
     Transposed,
@@ -26,7 +25,8 @@ from flexref.mask_mods import (
     shift_mask,
     xor_masks,
 )
-from flexref.mod_objects import moved
+from flexref.blocks.torch_form import TorchForm
+from flexref.program.mod_objects import moved
 from flexref.uncompiled import uncompiled
 
 _ALONG = {"batches": "B", "heads": "H", "queries": "q_len", "keys": "kv_len"}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flexref.mod_objects import CallableMod, name_of
+from flexref.program.mod_objects import CallableMod, name_of
 
 
 class MaskMod(CallableMod):

@@ -1,6 +1,6 @@
 """Finds out which blocks a mask_mod leaves empty, fills, or cuts through, without ever holding a dense mask.
 
-Interval analysis of the traced mask_mod decides most blocks at once (block_split.py); what it leaves open is asked exactly:
+Interval analysis of the traced mask_mod decides most blocks at once (split.py); what it leaves open is asked exactly:
 the user's own function at each position, some blocks at a time. The mod sees single positions (torch.vmap), so
 `table[b][q_idx]` means what it says; a mod that only works on Python numbers is asked in a loop.
 """
@@ -13,15 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexref.block_arguments import as_bool, checked_device, checked_sizes, described, kind_of_mod
-from flexref.block_lists import PARTIAL, Grid, Lists, broadcast, collect
-from flexref.block_split import lists_of, split
+from flexref.blocks.inputs import as_bool, checked_device, checked_sizes, described, kind_of_mod
+from flexref.blocks.lists import PARTIAL, Grid, Lists, broadcast, collect
+from flexref.blocks.split import lists_of, split
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
-from flexref.mod_objects import name_of
 from flexref.one_float import OneFloat
 from flexref.program.compiled import nothing_compiled, original
 from flexref.program.intervals import Classifier
+from flexref.program.mod_objects import name_of
 from flexref.tensor_gate import check_memory, check_surroundings
 from flexref.uncompiled import uncompiled
 

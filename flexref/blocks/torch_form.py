@@ -7,10 +7,10 @@ from typing import Any, Literal, Self, overload
 import torch
 from torch import Tensor
 
-from flexref.block_arguments import check_list, check_mask_mod, checked_block_size, checked_lengths
-from flexref.block_lists import Grid, Lists, first_problem, from_padded, to_padded
-from flexref.block_state import BlockState, Walk
-from flexref.mask_mods import noop_mask
+from flexref.blocks.inputs import check_list, check_mask_mod, checked_block_size, checked_lengths
+from flexref.blocks.lists import Grid, Lists, first_problem, from_padded, to_padded
+from flexref.blocks.mask_mods import noop_mask
+from flexref.blocks.state import BlockState, Walk
 from flexref.program.compiled import original
 
 Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

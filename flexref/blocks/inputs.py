@@ -6,7 +6,7 @@ import inspect
 import torch
 from torch import Tensor
 
-from flexref.mod_objects import name_of
+from flexref.program.mod_objects import name_of
 from flexref.tensor_gate import check_memory
 
 MASK_SIGNATURE = "mask_mod(b, h, q_idx, kv_idx)"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexref.block_lists import EMPTY, FULL, PARTIAL, Grid, Lists, from_runs
+from flexref.blocks.lists import EMPTY, FULL, PARTIAL, Grid, Lists, from_runs
 from flexref.program.interval import Interval, interval
 
 # a side has at most so many tiles to begin with, and an open tile is split into so many a side

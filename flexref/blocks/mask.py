@@ -11,21 +11,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexref import block_algebra as algebra
-from flexref import block_print
-from flexref.block_arguments import (
+from flexref.blocks import algebra, printing
+from flexref.blocks.build import create_mask
+from flexref.blocks.inputs import (
     check_mask_mod,
     checked_block_size,
     checked_device,
     checked_sizes,
 )
-from flexref.block_build import create_mask
-from flexref.block_lists import FULL, Grid, Lists, expand, first_problem, row_of_entry
-from flexref.block_operators import BlockOperators, built
-from flexref.block_state import Walk, loaded
-from flexref.mask_mods import and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
-from flexref.mod_objects import same_mod
+from flexref.blocks.lists import FULL, Grid, Lists, expand, first_problem, sparsity
+from flexref.blocks.mask_mods import and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
+from flexref.blocks.operators import BlockOperators, built
+from flexref.blocks.state import Walk, loaded
 from flexref.program.compiled import original
+from flexref.program.mod_objects import same_mod
 from flexref.uncompiled import uncompiled
 
 __all__ = ["BlockMask", "Lists", "and_masks", "create_block_mask", "create_mask", "noop_mask", "not_mask", "or_masks"]
@@ -42,7 +41,7 @@ class BlockMask(BlockOperators):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, q_len, kv_len)."""
-        return self.B, self.H, *self.seq_lengths
+        return self.grid.shape
 
     def numel(self) -> int:
         """How many positions there are, allowed or not."""
@@ -51,13 +50,7 @@ class BlockMask(BlockOperators):
     @uncompiled
     def sparsity(self) -> float:
         """Percent of the positions that lie in blocks not listed; 0 if there are no positions."""
-        grid, listed = self.grid, 0
-        for offsets, indices in (self._lists[:2], self._lists[2:]):
-            row = row_of_entry(offsets) % max(grid.rows, 1)
-            height = (grid.q_len - row * grid.q_block).clamp(max=grid.q_block)
-            width = (grid.kv_len - indices.long() * grid.kv_block).clamp(max=grid.kv_block)
-            listed += int((height * width).sum())
-        return 100.0 * (self.numel() - listed) / self.numel() if self.numel() else 0.0
+        return sparsity(self._lists, self.grid)
 
     @uncompiled
     def to_dense(self) -> Tensor:
@@ -78,7 +71,7 @@ class BlockMask(BlockOperators):
     @uncompiled
     def to_string(self, grid_size: int | tuple[int, int] = (20, 20), limit: int = 4) -> str:
         """A picture: full blocks dark, partial ones light; at most grid_size cells (-1: one a block), `limit` heads."""
-        return block_print.picture(self, grid_size, limit)
+        return printing.picture(self, grid_size, limit)
 
     def __str__(self) -> str:
         if self._leaves is not None:
@@ -86,7 +79,7 @@ class BlockMask(BlockOperators):
         return f"BlockMask(shape={self.shape}, sparsity={self.sparsity():.2f}%,\n{self.to_string()}\n)"
 
     def __repr__(self) -> str:
-        return block_print.description(self)
+        return printing.description(self)
 
     @uncompiled
     def __eq__(self, other: object) -> bool:

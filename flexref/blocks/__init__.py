@@ -1,0 +1,16 @@
+"""Block masks, from a mask_mod to what engines walk over. In the order of the story:
+
+inputs      what a user may pass to make one, checked
+mask_mods   mask mods made of mask mods: and, or, not, shifted, concatenated
+lists       the lists of blocks of a grid, compressed, and what can be done with them alone
+split       the kinds of all blocks by asking about large tiles first
+build       the lists of a mask_mod: split by its program, what stays open asked exactly
+algebra     what can be done with lists and a mask_mod together: combine, crop, slice, compare
+state       what a BlockMask holds and nobody can change; copies, pickles, trees
+torch_form  from and to torch's padded tensors and torch's own BlockMask
+operators   BlockMasks made of BlockMasks: `& | ~ - ^`, rows, resize, transpose, concat
+printing    one as text
+mask        BlockMask and create_block_mask
+found       the BlockMask that a score_mod carries in itself
+nested      the BlockMask of a jagged nested tensor
+"""
