@@ -12,7 +12,7 @@ from torch import Tensor
 from flexref.argument_shapes import check_shapes, checked_scale, turned_lengths
 from flexref.arrays import shared_tensors
 from flexref.blocks.found import Found, find_mask, question
-from flexref.blocks.mask import BlockMask, create_block_mask, noop_mask
+from flexref.blocks.mask import BlockMask, mask_of_call, noop_mask
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.compiled import original
@@ -181,7 +181,7 @@ def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dty
         query.shape[2],
         key.shape[2],
     )
-    return _kept(mask, mask.roots, sizes, query.device, lambda: create_block_mask(mask_mod, *sizes, device=query.device)), mask
+    return _kept(mask, mask.roots, sizes, query.device, lambda: mask_of_call(mask_mod, sizes, query.device, acc_dtype)), mask
 
 
 def _programs(

@@ -104,7 +104,8 @@ def test_a_bare_mask_mods_block_mask_is_built_once_and_again_when_what_it_reads_
     from flexref import arguments
 
     builds = []
-    monkeypatch.setattr(arguments, "create_block_mask", lambda *a, **k: builds.append(1) or create_block_mask(*a, **k))
+    make = arguments.mask_of_call
+    monkeypatch.setattr(arguments, "mask_of_call", lambda *a: builds.append(1) or make(*a))
     documents = torch.zeros(40, dtype=torch.long)
     query, key, value = qkv(length=40, kv_len=40)
     same_document = lambda b, h, q_idx, kv_idx: documents[q_idx] == documents[kv_idx]  # noqa: E731

@@ -128,14 +128,27 @@ def create_block_mask(
     """The BlockMask of mask_mod(b, h, q_idx, kv_idx) -> bool for Q_LEN queries and KV_LEN keys; B or H None, or 1, stand for any.
 
     BLOCK_SIZE: an int, or (q_block, kv_block). separate_full_blocks: list full blocks apart. device None: the accelerator, or
-    else the CPU. A block is full if mask_mod allows every position of it that there is.
+    else the CPU. A block is full if mask_mod allows every position of it that there is. Floats within mask_mod are float32, as
+    in a call of float32 or a narrower type: for a call of float64 whose mask reads floats, give that call mask_mod instead.
     _compile and the two last are torch's and change nothing. Raises TypeError or ValueError for wrong arguments and for a
     mask_mod of another arity or result, IndexError for one that reads a captured tensor out of range.
     """
+    return mask_of_call(mask_mod, (B, H, Q_LEN, KV_LEN), device, torch.float32, BLOCK_SIZE, separate_full_blocks)
+
+
+def mask_of_call(
+    mask_mod: Callable,
+    sizes: tuple[int | None, int | None, int, int],
+    device: torch.device | str | None,
+    acc: torch.dtype,
+    block_size: int | tuple[int, int] = 128,
+    separate: bool = True,
+) -> BlockMask:
+    """create_block_mask for a call whose accumulation type is known; sizes (B, H, q_len, kv_len)."""
     mask_mod = original(mask_mod)
     check_mask_mod(mask_mod)
-    grid = Grid(*checked_sizes(B, H, Q_LEN, KV_LEN), *checked_block_size(BLOCK_SIZE))
-    return built(BlockMask, mask_mod, grid, checked_device(device), separate_full_blocks)
+    grid = Grid(*checked_sizes(*sizes), *checked_block_size(block_size))
+    return built(BlockMask, mask_mod, grid, checked_device(device), separate, acc)
 
 
 # torch.load(weights_only=True) may make these; the classes of mods say it of themselves

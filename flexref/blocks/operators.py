@@ -156,9 +156,9 @@ class BlockOperators(TorchForm):
         return self._make(self.grid, lists, moved(self.mask_mod, device), self.separate_full_blocks, self._agrees)
 
 
-def built(kind: type, mask_mod: Callable, grid: Grid, device: torch.device, separate: bool):
-    """The BlockMask of a mask_mod, asked anew."""
-    lists = build(mask_mod, grid, device)
+def built(kind: type, mask_mod: Callable, grid: Grid, device: torch.device, separate: bool, acc: torch.dtype = torch.float32):
+    """The BlockMask of a mask_mod, asked anew; `acc`: the one float within it."""
+    lists = build(mask_mod, grid, device, acc)
     if not separate:
         lists = algebra.unseparated(lists, grid, device)
     return kind._make(grid, lists, mask_mod, bool(separate), True)
