@@ -1,12 +1,10 @@
 """Checks what users pass to make a BlockMask, so that what is below may trust it."""
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 
-from flexref.program.mod_objects import name_of
+from flexref.program.mod_objects import attribute, name_of, signature_of
 from flexref.tensor_gate import check_memory
 
 MASK_SIGNATURE = "mask_mod(b, h, q_idx, kv_idx)"
@@ -74,9 +72,9 @@ def kind_of_mod(fn: object, argument: str = "mod_fn") -> str:
         raise TypeError(f"{argument} must be a function {wanted}, got {type(fn).__name__}")
     try:
         # what can be called is its own, and not that of a function that it wraps, unless it passes on whatever it is given
-        signature = inspect.signature(fn, follow_wrapped=False)
+        signature = signature_of(fn)
         if any(x.kind is x.VAR_POSITIONAL for x in signature.parameters.values()):
-            signature = inspect.signature(fn, follow_wrapped=False)
+            signature = signature_of(fn, follow_wrapped=True)
     except (TypeError, ValueError):
         return "mask"
     for kind, count in (("mask", 4), ("score", 5)):
@@ -97,7 +95,7 @@ def check_mask_mod(fn: object) -> None:
 
 def described(mod: object) -> str:
     """A mod's name with its file and line, if it has them."""
-    code = getattr(mod, "__code__", None)
+    code = attribute(mod, "__code__")
     return f"{name_of(mod)} ({code.co_filename}:{code.co_firstlineno})" if code else name_of(mod)
 
 

@@ -12,6 +12,7 @@ from flexref.blocks.lists import Grid, Lists, first_problem, from_padded, to_pad
 from flexref.blocks.mask_mods import noop_mask
 from flexref.blocks.state import BlockState, Walk
 from flexref.program.compiled import original
+from flexref.program.mod_objects import attribute
 
 Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -163,7 +164,7 @@ class TorchForm(BlockState):
 def from_torch_arguments(block_mask: Any) -> dict[str, Any]:
     """What BlockMask.from_kv_blocks needs to make the mask that torch's `block_mask` is."""
     mod = block_mask.mask_mod
-    name = getattr(mod, "__name__", "") if getattr(mod, "__module__", "").startswith("torch.nn.attention") else ""
+    name = attribute(mod, "__name__", "") if attribute(mod, "__module__", "").startswith("torch.nn.attention") else ""
     if name == "_sliced_mask_mod_error":
         raise ValueError(
             "this torch BlockMask is a slice, which has lost its mask_mod; take BlockMask.from_torch of the whole mask "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def _inner(mod: Any) -> Any:
         return None
     if isinstance(mod, sys.modules["torch._dynamo"].OptimizedModule):
         return mod._orig_mod
-    if getattr(mod, "__globals__", {}).get("__name__", "").startswith("torch._dynamo"):
+    if isinstance(mod, FunctionType) and mod.__globals__.get("__name__", "").startswith("torch._dynamo"):
         return vars(mod).get("_torchdynamo_orig_callable")
     return None
 

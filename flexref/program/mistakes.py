@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexref.errors import TraceError
+from flexref.program.mod_objects import signature_of
 from flexref.program.places import definition, label, name_of, trace_lines, user_line
 
 METADATA = frozenset(
@@ -131,7 +131,7 @@ def _broken(fn: Callable, kind: str, rule: str, what: str, instead: str) -> Trac
 
 def wrong_arity(fn: Callable, kind: str, names: tuple[str, ...]) -> TraceError:
     try:
-        got = f"{label(fn)}{inspect.signature(fn)}"
+        got = f"{label(fn)}{signature_of(fn, follow_wrapped=True)}"
     except (TypeError, ValueError):
         got = label(fn)
     hint = {

@@ -6,7 +6,6 @@ The function runs on fake 0-d tensors: `if q_idx > kv_idx` raises instead of tak
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from flexref.program.compiled import no_autocast, nothing_compiled
 from flexref.program.interpret import dtype_of
 from flexref.program.ir import INDICES, Graph
 from flexref.program.lift import captured_numbers, lift
+from flexref.program.mod_objects import signature_of
 from flexref.program.partial import Partial
 from flexref.program.recipes import Kitchen, Recipe, pick, roots_of
 from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
@@ -76,7 +76,7 @@ def check_arity(fn: Callable, kind: str) -> None:
     if not callable(fn):
         raise TraceError(f"{kind}_mod must be a function, got {type(fn).__name__}")
     try:
-        inspect.signature(fn, follow_wrapped=False).bind(*SIGNATURES[kind])
+        signature_of(fn).bind(*SIGNATURES[kind])
     except TypeError:
         raise mistakes.wrong_arity(fn, kind, SIGNATURES[kind]) from None
     except ValueError:
