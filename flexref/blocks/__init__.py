@@ -4,6 +4,7 @@ inputs      what a user may pass to make one, checked
 mask_mods   mask mods made of mask mods: and, or, not, shifted, concatenated
 lists       the lists of blocks of a grid, compressed, and what can be done with them alone
 split       the kinds of all blocks by asking about large tiles first
+estimate    how long that takes where the program is not known
 build       the lists of a mask_mod: split by its program, what stays open asked exactly
 algebra     what can be done with lists and a mask_mod together: combine, crop, slice, compare
 state       what a BlockMask holds and nobody can change; copies, pickles, trees

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flexref.blocks.estimate import Estimate
 from flexref.blocks.inputs import as_bool, checked_device, checked_sizes, described, kind_of_mod
 from flexref.blocks.lists import PARTIAL, Grid, Lists, broadcast, collect
 from flexref.blocks.split import lists_of, split
@@ -40,9 +42,13 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device, acc: torch.dtype
     if device.type == "meta":
         raise ValueError("device is meta, where the lists of a block mask would have no numbers; build it on the CPU or a GPU.")
     with torch.no_grad():
-        program = None
-        if grid.B * grid.H * grid.q_len * grid.kv_len > _WORTH_TRACING:
-            program = _program(mask_mod, device, acc)
+        program, estimate = None, None
+        positions = math.prod(grid.shape)
+        if positions > _WORTH_TRACING:
+            try:
+                program = _program(mask_mod, device, acc)
+            except TraceError as why:
+                estimate = Estimate(mask_mod, why, grid.flat_rows * grid.columns, positions)
         asked = grid
         if program is not None:
             # a mask that does not read b or h is the same for all of them
@@ -50,7 +56,7 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device, acc: torch.dtype
                 asked = asked._replace(B=min(grid.B, 1))
             if not program.graph.uses("h"):
                 asked = asked._replace(H=min(grid.H, 1))
-        decide = Decider(mask_mod, asked, device, acc)
+        decide = Decider(mask_mod, asked, device, acc, estimate)
         if program is None:
             return collect((decide.strip(*ends) for ends in asked.strips()), device)
         classify = Classifier(program.graph, program.captured, program.scalars)
@@ -59,16 +65,13 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device, acc: torch.dtype
 
 
 def _program(mask_mod: Callable, device: torch.device, acc: torch.dtype):
-    """The traced mod, or None for one that cannot be traced, or reads another device: asking it will say so.
+    """The traced mod, or None for one that reads another device: asking it will say so.
 
-    Raises TypeError or ValueError where it reads a tensor that has no memory of its own.
+    Raises TraceError, and TypeError or ValueError where it reads a tensor that has no memory of its own.
     """
     from flexref.program.mods import traced_mod
 
-    try:
-        program = traced_mod(mask_mod, "mask", acc)
-    except TraceError:
-        return None
+    program = traced_mod(mask_mod, "mask", acc)
     for name, x in zip(program.names, program.captured, strict=True):
         if not x.is_meta:
             check_memory(f"the captured tensor {name}", x)
@@ -78,8 +81,15 @@ def _program(mask_mod: Callable, device: torch.device, acc: torch.dtype):
 class Decider:
     """Asks a mask_mod about whole blocks, exactly."""
 
-    def __init__(self, mask_mod: Callable, grid: Grid, device: torch.device, acc: torch.dtype = torch.float32):
-        self.grid, self.device, self.ask = grid, device, Asker(mask_mod, device, acc)
+    def __init__(
+        self,
+        mask_mod: Callable,
+        grid: Grid,
+        device: torch.device,
+        acc: torch.dtype = torch.float32,
+        estimate: Estimate | None = None,
+    ):
+        self.grid, self.device, self.ask, self.estimate = grid, device, Asker(mask_mod, device, acc), estimate
         self.q_size, self.kv_size = min(grid.q_block, grid.q_len), min(grid.kv_block, grid.kv_len)
         # a block of more positions than may be asked at once is asked in tiles
         self.q_tile = max(1, min(self.q_size, 1024))
@@ -99,7 +109,12 @@ class Decider:
 
     def decide(self, blocks: Tensor) -> Tensor:
         """The kinds (N,) of blocks (N,), numbered flat row * columns + column."""
-        return torch.cat([self._some(part) for part in blocks.split(max(1, _POSITIONS // (self.q_tile * self.kv_tile)))])
+        kinds = []
+        for part in blocks.split(max(1, _POSITIONS // (self.q_tile * self.kv_tile))):
+            kinds.append(self._some(part))
+            if self.estimate is not None:
+                self.estimate.add(len(part))
+        return torch.cat(kinds)
 
     def _some(self, block: Tensor) -> Tensor:
         grid = self.grid
@@ -149,7 +164,8 @@ class Asker:
                     raise
                 self._raise_what_stays_wrong(error)
                 # what has no memory may still answer one position at a time, in minutes
-                _program(self.mod, self.device, self.acc)
+                with suppress(TraceError):
+                    _program(self.mod, self.device, self.acc)
                 self.number = self._working_number(b, h, q_idx, kv_idx)
         return self._loop(self.number, b, h, q_idx, kv_idx)
 
