@@ -53,6 +53,7 @@ def flex_attention(
     *,
     return_aux: None = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Tensor: ...
@@ -71,6 +72,7 @@ def flex_attention(
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: None = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
@@ -89,6 +91,7 @@ def flex_attention(
     *,
     return_aux: AuxRequest,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> tuple[Tensor, AuxOutput]: ...
@@ -107,6 +110,7 @@ def flex_attention(
     *,
     return_aux: AuxRequest | None = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]: ...
@@ -125,6 +129,7 @@ def flex_attention(
     *,
     return_aux: AuxRequest | Any = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Any:
@@ -139,6 +144,7 @@ def flex_attention(
         score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score.
         block_mask: a BlockMask of flexref or of torch; or `mask_mod`.
         mask_mod: mask_mod(b, h, q_idx, kv_idx) -> bool, whose BlockMask is kept until what it reads changes.
+        sink: (Hq,) or (Hq, n), one or n logits a head that take weight and give no value, with a gradient.
         scale: the factor of the scores, 1/sqrt(E) by default.
         enable_gqa: allow fewer key and value heads than query heads.
         return_lse: also return the natural log-sum-exp (B, Hq, L).
@@ -158,7 +164,7 @@ def flex_attention(
     if return_lse and return_aux is not None:
         raise ValueError("return_lse and return_aux are both given; use return_aux=AuxRequest(lse=True) alone.")
     lse, max_scores = _wanted_aux(return_aux)
-    settings = scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
+    settings = scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic, max_scores
     problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
     name = _choice(problem, wanted).name
     if name is None:
@@ -183,6 +189,7 @@ def explain(
     *,
     return_aux: AuxRequest | Any = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Explanation:
@@ -191,7 +198,7 @@ def explain(
     It names the engine, every other one's reasons, and whether each mod is kept. Raises what it would, but Unsupported.
     """
     _, max_scores = _wanted_aux(return_aux)
-    settings = scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
+    settings = scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic, max_scores
     problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
     return explained(problem, tensors, _choice(problem, wanted), kernel_options)
 
@@ -205,7 +212,8 @@ def _wanted_aux(request) -> tuple[bool, bool]:
 
 
 def _prepared(
-    query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
+    query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options,
+    mask_mod, sink, backend, deterministic, max_scores,
 ) -> tuple[Problem, Tensors, str]:
     wanted = wanted_backend(backend, kernel_options, os.environ)
     options = checked_options(kernel_options, find_backends()) if kernel_options else None
@@ -213,6 +221,7 @@ def _prepared(
     device = query.device.type if isinstance(query, Tensor) else "cpu"
     arguments = {
         "mask_mod": mask_mod,
+        "sink": sink,
         "deterministic": deterministic,
         "need_max_scores": max_scores,
         "options": options,

@@ -35,6 +35,8 @@ def explained(problem: Problem, tensors: Tensors, choice: Choice, options: Mappi
     notes += ignored(options or {}, choice.name, getattr(chosen, "options", {}))
     if tensors.found and choice.name != "reference":
         notes.append(_sparse(problem, tensors))
+    if tensors.sink is not None:
+        notes.append(f"{tensors.sink.shape[1]} sinks a head are added to out and lse, whatever the engine")
     given = (("score_mod", tensors.score_mod, "score"), ("mask_mod", tensors.mask_mod, "mask"))
     mods = tuple((name, traced_mod(mod, kind, problem.acc_dtype).why) for name, mod, kind in given if mod is not None)
     return Explanation(problem, choice, probe(), tuple(notes), mods)

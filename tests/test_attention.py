@@ -47,7 +47,7 @@ def test_the_signature_begins_with_torchs():
         p.name for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD
     ]
     assert all(shared[p.name].default == p.default and shared[p.name].kind == p.kind for p in theirs)
-    assert {p.name for p in ours} - {p.name for p in theirs} == {"mask_mod", "backend", "deterministic"}
+    assert {p.name for p in ours} - {p.name for p in theirs} == {"mask_mod", "sink", "backend", "deterministic"}
     assert list(inspect.signature(explain).parameters) == [p.name for p in ours]
 
 
