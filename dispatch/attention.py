@@ -16,6 +16,7 @@ from flexref.backend import find_backends, said
 from flexref.blocks.mask import BlockMask
 from flexref.dispatch.choose import Choice, choose, refusal
 from flexref.dispatch.explanation import Explanation, explained
+from flexref.dispatch.jagged import is_jagged, packed_call
 from flexref.dispatch.options import checked_options, wanted_backend
 from flexref.problem import Problem, Tensors
 from flexref.recent import Recent
@@ -137,7 +138,9 @@ def flex_attention(
 
     Shapes: query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev); float16, bfloat16, float32 or
     float64, any strides; arrays of CuPy, Numba and NumPy are taken as tensors on the same memory. The result is
-    (B, Hq, L, Ev) in query's dtype; `docs/semantics.md` says what each element is.
+    (B, Hq, L, Ev) in query's dtype; `docs/semantics.md` says what each element is. Jagged nested tensors (B, H, S*, E)
+    give jagged ones: each sequence attends to itself, the mods see its number as b and its own positions, and block_mask
+    is one of create_nested_block_mask.
 
     Args:
         query, key, value: see above.
@@ -165,14 +168,17 @@ def flex_attention(
         raise ValueError("return_lse and return_aux are both given; use return_aux=AuxRequest(lse=True) alone.")
     lse, max_scores = _wanted_aux(return_aux)
     settings = scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic, max_scores
-    problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
+    packed = packed_call(query, key, value, score_mod, block_mask, mask_mod) if is_jagged(query, key, value) else None
+    problem, tensors, wanted = _prepared(packed, query, key, value, score_mod, block_mask, *settings)
     name = _choice(problem, wanted).name
     if name is None:
         raise refusal(problem, _choice(problem, wanted))
     output = attend(find_backends()[name], problem, tensors)
+    as_given = (lambda x: x) if packed is None else packed.jagged
     if return_aux is not None:
-        return output.out, AuxOutput(output.lse if lse else None, output.max_scores if max_scores else None)
-    return (output.out, output.lse) if return_lse else output.out
+        aux = output.lse if lse else None, output.max_scores if max_scores else None
+        return as_given(output.out), AuxOutput(*map(as_given, aux))
+    return (as_given(output.out), as_given(output.lse)) if return_lse else as_given(output.out)
 
 
 @uncompiled
@@ -199,7 +205,8 @@ def explain(
     """
     _, max_scores = _wanted_aux(return_aux)
     settings = scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic, max_scores
-    problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
+    packed = packed_call(query, key, value, score_mod, block_mask, mask_mod) if is_jagged(query, key, value) else None
+    problem, tensors, wanted = _prepared(packed, query, key, value, score_mod, block_mask, *settings)
     return explained(problem, tensors, _choice(problem, wanted), kernel_options)
 
 
@@ -212,9 +219,11 @@ def _wanted_aux(request) -> tuple[bool, bool]:
 
 
 def _prepared(
-    query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options,
+    packed, query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options,
     mask_mod, sink, backend, deterministic, max_scores,
 ) -> tuple[Problem, Tensors, str]:
+    if packed is not None:
+        query, key, value, score_mod, mask_mod, _ = packed
     wanted = wanted_backend(backend, kernel_options, os.environ)
     options = checked_options(kernel_options, find_backends()) if kernel_options else None
     query, key, value = shared_tensors(query, key, value)

@@ -10,7 +10,7 @@ from flexref.blocks.mask import (
 )
 from flexref.blocks.nested import create_nested_block_mask
 from flexref.blocks.operators import concat_masks
-from flexref.dispatch import AuxOutput, AuxRequest, explain, flex_attention
+from flexref.dispatch import AuxOutput, AuxRequest, explain, flex_attention, varlen_attention
 from flexref.errors import FlexrefError, TraceError, Unsupported
 from flexref.torch_names import (
     _DEFAULT_SPARSE_BLOCK_SIZE as _DEFAULT_SPARSE_BLOCK_SIZE,
@@ -45,6 +45,7 @@ __all__ = [
     "noop_mask",
     "or_masks",
     "variants",
+    "varlen_attention",
 ]
 
 

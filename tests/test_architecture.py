@@ -44,7 +44,8 @@ BELOW = {
     "sinks": "first_derivatives problem tensor_gate",
     "arguments": "errors recent argument_shapes tensor_gate arrays contents sinks problem program blocks",
     "autograd": "errors first_derivatives recent backend sinks problem program blocks",
-    "dispatch": "errors recent uncompiled torch_names arrays autograd arguments backend problem program blocks",
+    "dispatch": "errors recent uncompiled torch_names arrays contents tensor_gate autograd arguments backend problem program "
+    "blocks",
     "backends": "errors interrupts cache_folder index_error index_proof recent problem program blocks",
     "conformance": "errors recent reference taken autograd arguments backend problem program blocks variants",
 }

@@ -13,5 +13,6 @@ operators   BlockMasks made of BlockMasks: `& | ~ - ^`, rows, resize, transpose,
 printing    one as text
 mask        BlockMask and create_block_mask
 found       the BlockMask that a score_mod carries in itself
+packed      mods of one document among packed ones
 nested      the BlockMask of a jagged nested tensor
 """
