@@ -27,14 +27,14 @@ def draw(cases: list[Case], folder: Path) -> str:
     shown = []
     for left, right, case in zip(axes[::2], axes[1::2], cases, strict=False):
         mask, scores = pictures_of(case)
-        drawing.on_axes(left, mask, drawing.norm_of([mask]))
-        image = drawing.on_axes(right, scores, drawing.norm_of([scores]))
-        left.set_title(case.name, fontsize=10, loc="left")
-        right.set_title(f"scores, first {scores.q.stop:,}", fontsize=8, loc="left")
+        drawing.on_axes(left, mask, drawing.norm_of([mask]), ticks=4)
+        image = drawing.on_axes(right, scores, drawing.norm_of([scores]), ticks=5)
         figure.colorbar(image, ax=right, shrink=0.8).ax.tick_params(labelsize=6)
         for ax in (left, right):
-            ax.set(xlabel="", ylabel="")
+            ax.set(xlabel="", ylabel="", title="")
             ax.tick_params(labelsize=6)
+        left.set_title(case.name, fontsize=10, loc="left")
+        right.set_title(f"scores, first {scores.q.stop:,}", fontsize=8, loc="left")
         shown += [mask, scores]
     for ax in axes[2 * len(cases) :]:
         ax.axis("off")

@@ -64,7 +64,8 @@ def mask(
     """Which positions a BlockMask, flexref's or torch's, allows: single positions if they fit into max_cells on a side.
 
     Else the kind of each block, full, partial or empty; and where blocks do not fit either, the share of positions that is
-    allowed in each cell, counted exactly, of as many blocks as need be. Nothing larger than some tiles is made.
+    allowed in each cell, counted exactly, of as many blocks as need be; whole blocks then, and a step must be 1.
+    batch, heads, queries, keys, max_cells and path are said at flexref.visualize.
     """
     if not isinstance(block_mask, BlockMask):
         if not hasattr(block_mask, "kv_num_blocks"):
@@ -98,7 +99,10 @@ def scores(
     path: str | Path | None = None,
     **engine: Unpack[ForAnEngine],
 ) -> Figure:
-    """score_mod(scale * <q, k>) where it is allowed, in float64; of several positions in a cell the greatest."""
+    """score_mod(scale * <q, k>) where it is allowed, in float64; of several positions in a cell the greatest.
+
+    The arguments are flex_attention's; batch, heads, queries, keys, max_cells and path are said at flexref.visualize.
+    """
     call = query, key, value, score_mod, block_mask, scale, enable_gqa
     return _drawn(SCORES, call, mask_mod, None, (batch, heads, queries, keys, max_cells), path, engine)
 
@@ -124,6 +128,7 @@ def probabilities(
 ) -> Figure:
     """exp(score - lse) in float64, lse of all the row's keys, drawn or not; of a cell the mean, masked positions counting 0.
 
+    The arguments are flex_attention's; batch, heads, queries, keys, max_cells and path are said at flexref.visualize.
     Colours are logarithmic, down to 1/10,000 of the greatest.
     """
     call = query, key, value, score_mod, block_mask, scale, enable_gqa
@@ -152,6 +157,7 @@ def score_gradients(
 ) -> Figure:
     """The gradient by the score that score_mod returned: probability * <grad_out, v - out>, in float64.
 
+    The arguments are flex_attention's; batch, heads, queries, keys, max_cells and path are said at flexref.visualize.
     grad_out: the gradient of the output, (B, Hq, L, Ev) of any float dtype on query's device, ones by default. Of several
     positions in a cell the gradient of the greatest magnitude is drawn, with its sign. Colours are logarithmic both ways
     from 1/100 of the greatest, and linear between.

@@ -35,7 +35,7 @@ SAYS = {
 OF_A_CELL = {SCORES: "the greatest", PROBABILITIES: "the mean", GRADIENTS: "the one of the greatest magnitude"}
 COLOURS = {SHARE: "Blues", SCORES: "viridis", PROBABILITIES: "magma_r", GRADIENTS: "PuOr_r"}
 # pictures in a row, inches of one, block borders of a side; what share of the greatest still has a colour of its own
-_ACROSS, _INCHES, _BORDERS, _LEAST = 4, 4.4, 40, 1e-4
+_ACROSS, _INCHES, _BORDERS, _LEAST = 4, 5.4, 32, 1e-4
 
 
 def figure_of(pictures: Sequence[Picture]) -> Figure:
@@ -48,8 +48,12 @@ def figure_of(pictures: Sequence[Picture]) -> Figure:
     for ax in axes[len(pictures) :]:
         ax.axis("off")
     if norm is not None:
-        extend = "min" if pictures[0].kind == PROBABILITIES else "neither"
-        figure.colorbar(image, ax=axes, shrink=0.8, label=what(pictures[0]), extend=extend)
+        kind = pictures[0].kind
+        extend = "min" if kind == PROBABILITIES else "neither"
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, label=what(pictures[0]), extend=extend)
+        if kind == GRADIENTS:
+            bar.set_ticks(_both_ways(norm.vmax), minor=False)
+            bar.minorticks_off()
     add_legend(figure, pictures, columns=3 if pictures[0].kind == BLOCKS else 2 * across)
     return figure
 
@@ -77,8 +81,8 @@ def save(figure: Figure, path: Path | None) -> None:
         figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix.lower() == ".svg" else {"Software": None})
 
 
-def on_axes(ax: Axes, picture: Picture, norm: Any) -> Any:
-    """Draw one picture; returns the image, for a scale of colours beside it."""
+def on_axes(ax: Axes, picture: Picture, norm: Any, ticks: int = 8) -> Any:
+    """Draw one picture with about so many ticks a side; returns the image, for a scale of colours beside it."""
     from matplotlib.colors import ListedColormap
 
     q, kv = picture.q, picture.kv
@@ -95,14 +99,19 @@ def on_axes(ax: Axes, picture: Picture, norm: Any) -> Any:
             seen = torch.where(bad(picture), 1.0, math.nan).numpy()
             ax.imshow(seen, cmap=ListedColormap([WRONG]), vmin=0, vmax=1, **common)
     _borders(ax, picture)
-    ax.set(xlim=(kv.start - 0.5, kv.stop - 0.5), ylim=(q.stop - 0.5, q.start - 0.5), xlabel="kv_idx", ylabel="q_idx")
+    ax.set(xlabel="kv_idx", ylabel="q_idx")
     if max(q.stop - q.start, kv.stop - kv.start) <= 3 * min(q.stop - q.start, kv.stop - kv.start):
         ax.set_aspect("equal")
     ax.set_title(picture.title, fontsize=10)
+    # the frame may hide no cell of the edge
+    ax.spines[:].set_position(("outward", 1))
+    ax.spines[:].set_linewidth(0.6)
     for axis, side in ((ax.xaxis, kv), (ax.yaxis, q)):
-        axis.set_ticks(_ticks(side))
+        axis.set_ticks(_ticks(side, ticks))
         axis.set_major_formatter(lambda x, _: f"{round(x):,}")
         axis.set_tick_params(labelsize=8)
+    # last, as ticks would widen them
+    ax.set(xlim=(kv.start - 0.5, kv.stop - 0.5), ylim=(q.stop - 0.5, q.start - 0.5))
     return image
 
 
@@ -124,17 +133,19 @@ def norm_of(pictures: Sequence[Picture]) -> Any:
         return LogNorm(least if least < most else most / 10, most, clip=True)
     if kind == GRADIENTS:
         most = max(abs(least), abs(most)) or 1.0
-        return SymLogNorm(most * _LEAST**0.5, linscale=0.5, vmin=-most, vmax=most)
+        return SymLogNorm(most * _LEAST**0.5, linscale=1, vmin=-most, vmax=most)
     return Normalize(least, most if most > least else least + 1)
 
 
 def what(picture: Picture) -> str:
     """What its colours say, in words."""
-    q, kv = picture.q.cell, picture.kv.cell
+    q, kv = picture.q, picture.kv
     if picture.kind == SHARE:
-        return f"{SAYS[SHARE]}, {q:,} x {kv:,} positions"
-    of = f"{OF_A_CELL[picture.kind]} of {q:,} x {kv:,} positions" if max(q, kv) > 1 else ""
-    return f"{SAYS[picture.kind]}{', ' if of else ''}{of}"
+        return f"{SAYS[SHARE]}, {q.cell:,} x {kv.cell:,} positions"
+    drawn = q.cell // q.step, kv.cell // kv.step
+    of = f", {OF_A_CELL[picture.kind]} of {drawn[0]:,} x {drawn[1]:,} positions" if max(drawn) > 1 else ""
+    steps = f" (in steps of {q.step:,} x {kv.step:,})" if max(q.step, kv.step) > 1 else ""
+    return f"{SAYS[picture.kind]}{of}{steps}"
 
 
 def add_legend(figure: Figure, pictures: Sequence[Picture], columns: int) -> None:
@@ -167,9 +178,7 @@ def _colours(kind: str) -> Any:
     if kind in (SHARE, PROBABILITIES):
         # the least of what is there has to be told from what is not
         colours = ListedColormap(colours([0.25 + 0.75 * i / 255 if kind == SHARE else 0.06 + 0.94 * i / 255 for i in range(256)]))
-    colours = colours.copy()
-    colours.set_bad(_masked(kind))
-    return colours
+    return colours.with_extremes(bad=_masked(kind))
 
 
 def _masked(kind: str) -> str:
@@ -182,11 +191,19 @@ def _ends(side: Side) -> tuple[float, float]:
     return side.first - 0.5, side.first + side.cells * side.cell - 0.5
 
 
-def _ticks(side: Side) -> list[int]:
-    """Multiples of a power of two, at most nine of them, five where they have many digits."""
-    few = 8 if side.stop < 100_000 else 4
-    step = 1 << max(0, math.ceil(math.log2(max(1, side.stop - side.start) / few)))
-    return list(range(-(-side.start // step) * step, side.stop + 1, step))
+def _ticks(side: Side, count: int) -> list[float]:
+    """Multiples of a power of two, fewer where they have many digits; of a long side also its end, half a position off."""
+    few = count if side.stop < 100_000 else count / 2
+    step = 1 << max(0, math.ceil(math.log2((side.stop - side.start) / few)))
+    places: list[float] = list(range(-(-side.start // step) * step, side.stop, step))
+    return places + [side.stop - 0.5] if step >= 128 and side.stop % step == 0 else places
+
+
+def _both_ways(most: float) -> list[float]:
+    """0, and the powers of ten on each side that stand apart from it."""
+    top = math.floor(math.log10(most))
+    tens = [10.0**k for k in (top, top - 1) if 10.0**k > most * _LEAST**0.5]
+    return [*(-x for x in tens), 0.0, *reversed(tens)]
 
 
 def _borders(ax: Axes, picture: Picture) -> None:
@@ -196,4 +213,4 @@ def _borders(ax: Axes, picture: Picture) -> None:
     for size, side, line in zip(picture.block, (picture.q, picture.kv), (ax.axhline, ax.axvline), strict=True):
         places = range(-(-side.start // size) * size, side.stop, size)
         for place in places if len(places) <= _BORDERS else ():
-            line(place - 0.5, color="#666666", linewidth=0.5)
+            line(place - 0.5, color="#777777", linewidth=0.4)

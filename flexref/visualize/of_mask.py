@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from flexref.blocks.build import Asker
-from flexref.blocks.counts import allowed_in, block_positions
-from flexref.blocks.lists import FULL, PARTIAL, expand, take_rows
+from flexref.blocks.counts import allowed_in, block_positions, separated
+from flexref.blocks.lists import FULL, PARTIAL, Lists, expand, take_rows
 from flexref.blocks.mask import BlockMask
 from flexref.visualize.picture import BLOCKS, ELEMENTS, SHARE, Picture
 from flexref.visualize.window import Side, Window, side_of
@@ -34,8 +34,7 @@ def block_rows(mask: BlockMask, b: int, h: int, q_idx: Tensor) -> tuple[Tensor, 
     """The kinds of the rows of blocks that q_idx (R,) lies in, int8 (rows, columns), and which of them each query has (R,)."""
     grid = mask.grid
     row, place = torch.unique(q_idx // grid.q_block, return_inverse=True)
-    plane = (b if grid.B > 1 else 0) * grid.H + (h if grid.H > 1 else 0)
-    return expand(take_rows(mask.walk.csr, plane * grid.rows + row), 0, len(row), grid.columns), place
+    return expand(take_rows(mask.walk.csr, _first_row(mask, b, h) + row), 0, len(row), grid.columns), place
 
 
 def _blocks(positions: range, size: int) -> range:
@@ -69,41 +68,43 @@ def _elements(mask: BlockMask, window: Window, head: int, rows: range, columns: 
 
 def _kinds(mask: BlockMask, window: Window, head: int, rows: range, columns: range) -> Picture:
     """Values: the kind of each block."""
-    kinds = _strip(mask, window.batch, head, rows)[:, columns.start : columns.stop].cpu()
+    first = _first_row(mask, window.batch, head)
+    kinds = _strip(mask.walk.csr, mask, first, rows, columns).cpu()
     sides = _cells_of_blocks(mask, window, rows, columns)
     return Picture(BLOCKS, kinds.double(), kinds == 0, *sides, _title(mask, window, head), mask.BLOCK_SIZE)
 
 
 def _shares(mask: BlockMask, window: Window, head: int, rows: range, columns: range) -> Picture:
     """Values: the share of a cell's positions that is allowed."""
-    sides = _cells_of_blocks(mask, window, rows, columns)
+    sides, lists = _cells_of_blocks(mask, window, rows, columns), separated(mask)
+    per_row, per_column = (side.cell // size for side, size in zip(sides, mask.BLOCK_SIZE, strict=True))
     allowed = torch.zeros(sides[0].cells, sides[1].cells, dtype=torch.int64, device=mask.device)
     everything = torch.zeros_like(allowed)
+    first, step = _first_row(mask, window.batch, head), max(1, _STRIP // len(columns))
     column = torch.arange(columns.start, columns.stop, device=mask.device)
-    per_row, per_column = (side.cell // size for side, size in zip(sides, mask.BLOCK_SIZE, strict=True))
-    across = (column - columns.start) // per_column
-    step = max(1, _STRIP // len(columns))
     for start in range(rows.start, rows.stop, step):
         some = range(start, min(start + step, rows.stop))
-        kinds = _strip(mask, window.batch, head, some)[:, columns.start : columns.stop]
         row = torch.arange(some.start, some.stop, device=mask.device)
-        plane = (window.batch if mask.B > 1 else 0) * mask.H + (head if mask.H > 1 else 0)
-        number = (plane * mask.grid.rows + row[:, None]) * mask.grid.columns + column
-        size = block_positions(number, mask.grid)
+        number = (first + row[:, None]) * mask.grid.columns + column
+        kinds, size = _strip(lists, mask, first, some, columns), block_positions(number, mask.grid)
         count = torch.where(kinds == FULL, size, 0)
         count[kinds == PARTIAL] = allowed_in(mask, number[kinds == PARTIAL])
-        down = (row - rows.start) // per_row
         for total, part in ((allowed, count), (everything, size)):
             by_column = torch.zeros(len(row), sides[1].cells, dtype=torch.int64, device=mask.device)
-            total.index_add_(0, down, by_column.index_add_(1, across, part))
+            by_column.index_add_(1, (column - columns.start) // per_column, part)
+            total.index_add_(0, (row - rows.start) // per_row, by_column)
     share = (allowed.double() / everything).cpu()
     return Picture(SHARE, share, share == 0, *sides, _title(mask, window, head))
 
 
-def _strip(mask: BlockMask, b: int, h: int, rows: range) -> Tensor:
-    """The kinds of some rows of blocks: int8 (rows, columns)."""
-    first = ((b if mask.B > 1 else 0) * mask.H + (h if mask.H > 1 else 0)) * mask.grid.rows
-    return expand(mask.walk.csr, first + rows.start, first + rows.stop, mask.grid.columns)
+def _first_row(mask: BlockMask, b: int, h: int) -> int:
+    """The flat row that a batch and head begin with; a mask for 1 is that of any."""
+    return ((b if mask.B > 1 else 0) * mask.H + (h if mask.H > 1 else 0)) * mask.grid.rows
+
+
+def _strip(lists: Lists, mask: BlockMask, first: int, rows: range, columns: range) -> Tensor:
+    """The kinds of some blocks: int8 (rows, columns)."""
+    return expand(lists, first + rows.start, first + rows.stop, mask.grid.columns)[:, columns.start : columns.stop]
 
 
 def _cells_of_blocks(mask: BlockMask, window: Window, rows: range, columns: range) -> tuple[Side, Side]:

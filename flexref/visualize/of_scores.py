@@ -103,7 +103,7 @@ class _Head:
         """How many of the drawn positions there are in each cell, allowed or not: (q.cells * kv.cells,)."""
         sizes = []
         for side, positions in ((q, self.window.queries), (kv, self.window.keys)):
-            each = side.cell // positions.step
+            each = side.cell // side.step
             sizes.append((len(positions) - each * torch.arange(side.cells, device="cpu")).clamp(max=each))
         return (sizes[0][:, None] * sizes[1]).reshape(-1)
 

@@ -24,13 +24,17 @@ class Window(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One side of a picture: `cells` cells from position `first` on, each `cell` positions; start to stop is shown of them."""
+    """One side of a picture: `cells` cells from position `first` on, each `cell` positions wide; start to stop is shown of them.
+
+    Of these positions only every `step`-th is drawn.
+    """
 
     first: int
     cell: int
     cells: int
     start: int
     stop: int
+    step: int = 1
 
 
 def checked_window(
@@ -65,7 +69,8 @@ def checked_path(path: str | Path | None) -> Path | None:
 def side_of(positions: range, max_cells: int) -> Side:
     """Of at most max_cells cells, each as many of the positions as are needed for that."""
     count = -(-len(positions) // max_cells)
-    return Side(positions.start, count * positions.step, -(-len(positions) // count), positions.start, positions.stop)
+    cells = -(-len(positions) // count)
+    return Side(positions.start, count * positions.step, cells, positions.start, positions.stop, positions.step)
 
 
 def _within(name: str, index, size: int) -> int:
