@@ -96,8 +96,8 @@ def on_axes(ax: Axes, picture: Picture, norm: Any, ticks: int = 8) -> Any:
         shown = picture.values.masked_fill(picture.masked | ~picture.values.isfinite(), math.nan)
         image = ax.imshow(shown.numpy(), cmap=_colours(picture.kind), norm=norm, **common)
         if bad(picture).any():
-            seen = torch.where(bad(picture), 1.0, math.nan).numpy()
-            ax.imshow(seen, cmap=ListedColormap([WRONG]), vmin=0, vmax=1, **common)
+            seen = bad(picture).double().masked_fill(~bad(picture), math.nan)
+            ax.imshow(seen.numpy(), cmap=ListedColormap([WRONG]), vmin=0, vmax=1, **common)
     _borders(ax, picture)
     ax.set(xlabel="kv_idx", ylabel="q_idx")
     if max(q.stop - q.start, kv.stop - kv.start) <= 3 * min(q.stop - q.start, kv.stop - kv.start):
