@@ -35,7 +35,7 @@ class Dense(NamedTuple):
     score_gradients: Tensor
 
 
-def dense(query, key, value, score_mod: Callable | None, block_mask, grad_out: Tensor, scale=None) -> Dense:
+def dense(query, key, value, score_mod: Callable | None, block_mask, grad_out: Tensor, scale=None, sink=None) -> Dense:
     """By the reference's own autograd: what it says by a number that is added to each score."""
     shape = *query.shape[:3], key.shape[2]
     more, seen = torch.zeros(shape, dtype=FLOAT, requires_grad=True), torch.full(shape, math.nan, dtype=FLOAT)
@@ -45,7 +45,7 @@ def dense(query, key, value, score_mod: Callable | None, block_mask, grad_out: T
 
     mask_mod, blocks = (None, None) if block_mask is None else (block_mask.mask_mod, block_mask.listed())
     raised = (x.detach().to(FLOAT) for x in (query, key, value))
-    result = einsum(*raised, recording, mask_mod, scale=scale, blocks=blocks)
+    result = einsum(*raised, recording, mask_mod, scale=scale, blocks=blocks, sink=sink)
     (p,) = torch.autograd.grad(result.lse, more, torch.ones_like(result.lse), retain_graph=True)
     (ds,) = torch.autograd.grad(result.out, more, grad_out.to(FLOAT))
     there = (p != 0) & p.isfinite()
@@ -109,6 +109,7 @@ def test_cells_hold_what_a_dense_calculation_says(kind, data):
     mask_mod = data.draw(st.sampled_from((causal, heads_differ, masks.sliding_window(6), flexref.noop_mask, None)))
     block_mask = None if mask_mod is None else flexref.create_block_mask(mask_mod, 2, 4, L, S, device="cpu", BLOCK_SIZE=size)
     score_mod = data.draw(st.sampled_from((None, bias_of(L, S), score_mods.causal)))
+    sink = data.draw(st.sampled_from((None, torch.tensor([0.5, -math.inf, 2.0, 1.0]), torch.randn(4, 2))))
     rows, columns = (data.draw(ranges(n)) for n in (L, S))
     b, heads = data.draw(st.integers(0, 1)), data.draw(st.sampled_from(((0,), (3, 1))))
     cells = data.draw(st.sampled_from((1, 2, 3, 7, 50)))
@@ -119,9 +120,9 @@ def test_cells_hold_what_a_dense_calculation_says(kind, data):
         patch.setattr(of_scores, "_KEYS", data.draw(st.sampled_from((7, 1024))))
         figure = getattr(visualize, kind)(
             query, key, value, score_mod, block_mask, 0.7, True,
-            batch=b, heads=heads, queries=rows, keys=columns, max_cells=cells, **more,
+            sink=sink, batch=b, heads=heads, queries=rows, keys=columns, max_cells=cells, **more,
         )  # fmt: skip
-    expected = getattr(dense(query, key, value, score_mod, block_mask, grad_out, 0.7), kind)
+    expected = getattr(dense(query, key, value, score_mod, block_mask, grad_out, 0.7, sink), kind)
     for place, head in enumerate(heads):
         got, wanted = shown(figure, place), gathered(kind, expected[b, head], rows, columns, cells)
         if kind == "score_gradients":
@@ -260,7 +261,7 @@ def test_some_rows_of_a_million_keys():
     with Largest() as largest:
         figure = visualize.probabilities(query, key, value, queries=range(n - 3, n), keys=slice(0, None, n // 8), max_cells=8)
     assert largest.numel <= key.numel()
-    assert figure.axes[-1].get_ylabel() == f"probability (in steps of 1 x {n // 8:,})"
+    assert figure.axes[-1].get_ylabel() == f"probability,\nin steps of 1 x {n // 8:,}"
     scores = query[0, 0, -3:].double() @ key[0, 0].double().T / 2**0.5
     torch.testing.assert_close(shown(figure), scores.softmax(-1)[:, :: n // 8])
 

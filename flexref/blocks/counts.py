@@ -8,6 +8,7 @@ from flexref.blocks.build import Asker, build, program_of
 from flexref.blocks.lists import Grid, Lists, row_of_entry
 from flexref.blocks.mask_mods import noop_mask
 from flexref.blocks.state import BlockState
+from flexref.errors import TraceError
 
 # positions asked together, and the sides of a tile of a block that has more
 _POSITIONS, _TILE = 1 << 18, 512
@@ -49,7 +50,11 @@ def _extent(index: Tensor, size: int, length: int) -> Tensor:
 
 def _first_alike(mask: BlockState, blocks: Tensor) -> Tensor:
     """The same block of batch or head 0, if mask_mod does not read which batch or head it is."""
-    grid, program = mask.grid, program_of(mask.mask_mod, mask.device)
+    grid = mask.grid
+    try:
+        program = program_of(mask.mask_mod, mask.device, torch.float32)
+    except TraceError:
+        program = None
     if program is None:
         return blocks
     size = grid.rows * grid.columns

@@ -91,6 +91,7 @@ def scores(
     enable_gqa: bool = False,
     *,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     batch: int = 0,
     heads: int | Iterable[int] = 0,
     queries: Positions = None,
@@ -104,7 +105,7 @@ def scores(
     The arguments are flex_attention's; batch, heads, queries, keys, max_cells and path are said at flexref.visualize.
     """
     call = query, key, value, score_mod, block_mask, scale, enable_gqa
-    return _drawn(SCORES, call, mask_mod, None, (batch, heads, queries, keys, max_cells), path, engine)
+    return _drawn(SCORES, call, (mask_mod, sink), None, (batch, heads, queries, keys, max_cells), path, engine)
 
 
 @uncompiled
@@ -118,6 +119,7 @@ def probabilities(
     enable_gqa: bool = False,
     *,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     batch: int = 0,
     heads: int | Iterable[int] = 0,
     queries: Positions = None,
@@ -126,13 +128,13 @@ def probabilities(
     path: str | Path | None = None,
     **engine: Unpack[ForAnEngine],
 ) -> Figure:
-    """exp(score - lse) in float64, lse of all the row's keys, drawn or not; of a cell the mean, masked positions counting 0.
+    """exp(score - lse) in float64, lse of all the row's keys and sinks, drawn or not; of a cell the mean, masked ones counting 0.
 
     The arguments are flex_attention's; batch, heads, queries, keys, max_cells and path are said at flexref.visualize.
     Colours are logarithmic, down to 1/10,000 of the greatest.
     """
     call = query, key, value, score_mod, block_mask, scale, enable_gqa
-    return _drawn(PROBABILITIES, call, mask_mod, None, (batch, heads, queries, keys, max_cells), path, engine)
+    return _drawn(PROBABILITIES, call, (mask_mod, sink), None, (batch, heads, queries, keys, max_cells), path, engine)
 
 
 @uncompiled
@@ -146,6 +148,7 @@ def score_gradients(
     enable_gqa: bool = False,
     *,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     grad_out: Tensor | None = None,
     batch: int = 0,
     heads: int | Iterable[int] = 0,
@@ -163,13 +166,13 @@ def score_gradients(
     from 1/100 of the greatest, and linear between.
     """
     call = query, key, value, score_mod, block_mask, scale, enable_gqa
-    return _drawn(GRADIENTS, call, mask_mod, grad_out, (batch, heads, queries, keys, max_cells), path, engine)
+    return _drawn(GRADIENTS, call, (mask_mod, sink), grad_out, (batch, heads, queries, keys, max_cells), path, engine)
 
 
 def _drawn(
     kind: str,
     call: tuple,
-    mask_mod: Callable | None,
+    named: tuple[Callable | None, Tensor | None],
     grad_out: Tensor | None,
     shown: tuple,
     path: str | Path | None,
@@ -180,7 +183,7 @@ def _drawn(
         raise TypeError(f"flexref.visualize.{kind} has no argument {', '.join(map(repr, sorted(unknown)))}.")
     where = checked_path(path)
     with torch.no_grad():
-        problem, tensors = prepare(*call, mask_mod=mask_mod)
+        problem, tensors = prepare(*call, mask_mod=named[0], sink=named[1])
     window = checked_window((problem.batch, problem.q_heads, problem.q_len, problem.kv_len), *shown)
     if kind == GRADIENTS:
         grad_out = _gradient(grad_out, (problem.batch, problem.q_heads, problem.q_len, problem.value_dim), tensors.query)

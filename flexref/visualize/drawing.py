@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # told apart by every kind of colour vision, and by their darkness alone
-DARK, MIDDLE, PALE, EMPTY, MASKED, WRONG = "#0072B2", "#E69F00", "#FBE3B0", "#F4F4F4", "#CFCFCF", "#D55E00"
+DARK, MIDDLE, PALE, EMPTY, MASKED, WRONG = "#0072B2", "#E69F00", "#FBE3B0", "#F4F4F4", "#CFCFCF", "#00E5FF"
 CLASSES = {
     BLOCKS: {0: ("empty block", EMPTY), 1: ("partial block", MIDDLE), 2: ("full block", DARK)},
     ELEMENTS: {
@@ -141,10 +141,11 @@ def what(picture: Picture) -> str:
     """What its colours say, in words."""
     q, kv = picture.q, picture.kv
     if picture.kind == SHARE:
-        return f"{SAYS[SHARE]}, {q.cell:,} x {kv.cell:,} positions"
+        sizes = (min(side.cell, side.stop - side.start) for side in (q, kv))
+        return f"{SAYS[SHARE]}, {' x '.join(f'{size:,}' for size in sizes)} positions"
     drawn = q.cell // q.step, kv.cell // kv.step
-    of = f", {OF_A_CELL[picture.kind]} of {drawn[0]:,} x {drawn[1]:,} positions" if max(drawn) > 1 else ""
-    steps = f" (in steps of {q.step:,} x {kv.step:,})" if max(q.step, kv.step) > 1 else ""
+    of = f",\n{OF_A_CELL[picture.kind]} of {drawn[0]:,} x {drawn[1]:,} positions" if max(drawn) > 1 else ""
+    steps = f",\nin steps of {q.step:,} x {kv.step:,}" if max(q.step, kv.step) > 1 else ""
     return f"{SAYS[picture.kind]}{of}{steps}"
 
 

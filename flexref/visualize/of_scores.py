@@ -72,6 +72,7 @@ class _Head:
         self.several, self.kv_len, self.device = problem.batch > 1, problem.kv_len, tensors.query.device
         kv = self.b if problem.kv_batch > 1 else 0, head // problem.group
         self.query, self.key, self.value = tensors.query[self.b, head], tensors.key[kv], tensors.value[kv]
+        self.sink = None if tensors.sink is None else tensors.sink[head].double().logsumexp(0)
         self.grad_out = None if grad_out is None else grad_out[self.b, head]
         score_mod, mask_mod = tensors.score_mod, tensors.mask_mod
         self.score_mod = None if score_mod is None else at_each_position(score_mod, torch.float64)
@@ -115,7 +116,7 @@ class _Head:
             yield Rows(q_idx, self.query[q_idx].double(), grad, kinds)
 
     def _softmax(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """lse (R,) over all keys, and D = sum over keys of probability * d out . v (R,), which is sum of d out * out."""
+        """lse (R,) over all keys and sinks, and D = sum of probability * d out . v over keys (R,), which is d out . out."""
         row_max = torch.full_like(rows.q_idx, -math.inf, dtype=torch.float64)
         row_sum, dot = torch.zeros_like(row_max), torch.zeros_like(row_max)
         for kv_idx in _some(range(self.kv_len), _KEYS, self.device):
@@ -128,7 +129,10 @@ class _Head:
             row_sum = (row_sum * rescale).index_add(0, tile.row, weight)
             if tile.dp is not None:
                 dot = (dot * rescale).index_add(0, tile.row, weight * tile.dp)
-        return row_max + torch.log(row_sum), None if rows.grad_out is None else dot / row_sum
+        of_keys = lse = row_max + torch.log(row_sum)
+        if self.sink is not None:
+            lse = torch.logaddexp(lse, torch.where(self.sink == math.inf, math.nan, self.sink))
+        return lse, None if rows.grad_out is None else dot / row_sum * torch.exp(of_keys - lse)
 
     def _tile(self, rows: Rows, kv_idx: Tensor) -> Tile | None:
         """None where nothing is allowed. A score of -inf is a masked position."""
