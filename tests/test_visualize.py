@@ -386,6 +386,10 @@ def test_wrong_arguments_of_one():
         visualize.score_gradients(query, key, value, enable_gqa=True, grad_out=query)
     with pytest.raises(ValueError, match="enable_gqa"):
         visualize.scores(query, key, value)
+    rows = [x.transpose(0, 1) for x in (query[0, :, :5], query[1, :, :9])]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+    with pytest.raises(TypeError, match=r"nested; pictures are of dense tensors: draw one sequence, x.unbind\(\)\[i\]\[None\]"):
+        visualize.scores(jagged, jagged, jagged)
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):

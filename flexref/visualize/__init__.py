@@ -181,6 +181,8 @@ def _drawn(
     unknown = set(engine) - set(ForAnEngine.__annotations__)
     if unknown:
         raise TypeError(f"flexref.visualize.{kind} has no argument {', '.join(map(repr, sorted(unknown)))}.")
+    if any(isinstance(x, Tensor) and x.is_nested for x in call[:3]):
+        raise TypeError("query, key or value is nested; pictures are of dense tensors: draw one sequence, x.unbind()[i][None].")
     where = checked_path(path)
     with torch.no_grad():
         problem, tensors = prepare(*call, mask_mod=named[0], sink=named[1])
