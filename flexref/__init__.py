@@ -1,4 +1,7 @@
 """FlexAttention with its meaning written down, and more than one engine to run it."""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from flexref import variants  # its masks load with torch.load(weights_only=True) as soon as flexref is imported
 from flexref.blocks.mask import (
     BlockMask,
@@ -26,6 +29,9 @@ from flexref.torch_names import (
     _score_mod_signature as _score_mod_signature,
 )
 
+if TYPE_CHECKING:
+    from flexref import visualize
+
 __version__ = "0.1.0"
 __all__ = [
     "AuxOutput",
@@ -46,8 +52,11 @@ __all__ = [
     "or_masks",
     "variants",
     "varlen_attention",
+    "visualize",
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    if name == "visualize":
+        return import_module("flexref.visualize")
     unknown(name)

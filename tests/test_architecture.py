@@ -47,6 +47,7 @@ BELOW = {
     "dispatch": "errors recent uncompiled torch_names arrays contents tensor_gate autograd arguments backend problem program "
     "blocks",
     "backends": "errors interrupts cache_folder index_error index_proof recent problem program blocks",
+    "visualize": "reference uncompiled arguments problem blocks",
     "conformance": "errors recent reference taken autograd arguments backend problem program blocks variants",
 }
 # lines of a file and of a function without its docstring; the suite, which is data in large part, may be longer

@@ -11,6 +11,8 @@ state       what a BlockMask holds and nobody can change; copies, pickles, trees
 torch_form  from and to torch's padded tensors and torch's own BlockMask
 operators   BlockMasks made of BlockMasks: `& | ~ - ^`, rows, resize, transpose, concat
 printing    one as text
+counts      how many positions are allowed in a block
+stats       what a block mask means for the work of attention
 mask        BlockMask and create_block_mask
 found       the BlockMask that a score_mod carries in itself
 packed      mods of one document among packed ones

@@ -46,7 +46,7 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device, acc: torch.dtype
         positions = math.prod(grid.shape)
         if positions > _WORTH_TRACING:
             try:
-                program = _program(mask_mod, device, acc)
+                program = program_of(mask_mod, device, acc)
             except TraceError as why:
                 estimate = Estimate(mask_mod, why, grid.flat_rows * grid.columns, positions)
         asked = grid
@@ -64,7 +64,7 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device, acc: torch.dtype
         return broadcast(lists_of(found, asked, device), asked, grid)
 
 
-def _program(mask_mod: Callable, device: torch.device, acc: torch.dtype):
+def program_of(mask_mod: Callable, device: torch.device, acc: torch.dtype):
     """The traced mod, or None for one that reads another device: asking it will say so.
 
     Raises TraceError, and TypeError or ValueError where it reads a tensor that has no memory of its own.
@@ -165,7 +165,7 @@ class Asker:
                 self._raise_what_stays_wrong(error)
                 # what has no memory may still answer one position at a time, in minutes
                 with suppress(TraceError):
-                    _program(self.mod, self.device, self.acc)
+                    program_of(self.mod, self.device, self.acc)
                 self.number = self._working_number(b, h, q_idx, kv_idx)
         return self._loop(self.number, b, h, q_idx, kv_idx)
 

@@ -23,6 +23,7 @@ from flexref.blocks.lists import FULL, Grid, Lists, expand, first_problem, spars
 from flexref.blocks.mask_mods import and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
 from flexref.blocks.operators import BlockOperators, built
 from flexref.blocks.state import Walk, loaded
+from flexref.blocks.stats import MaskStats, stats_of
 from flexref.program.compiled import original
 from flexref.program.mod_objects import same_mod
 from flexref.uncompiled import uncompiled
@@ -51,6 +52,27 @@ class BlockMask(BlockOperators):
     def sparsity(self) -> float:
         """Percent of the positions that lie in blocks not listed; 0 if there are no positions."""
         return sparsity(self._lists, self.grid)
+
+    @uncompiled
+    def stats(
+        self,
+        head_dim: int = 64,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        count_allowed: bool = True,
+    ) -> MaskStats:
+        """Blocks, positions, FLOPs, bytes moved, forward and backward, and imbalance; MaskStats says what each counts.
+
+        head_dim, value_dim (by default the same), dtype: of query, key and value. batch, heads: of the query, where the mask
+        is for 1, which serves any. kv_heads: of key and value, by default as many as heads. Positions allowed in partial
+        blocks are counted by asking mask_mod, some at a time; count_allowed=False leaves that out. No memory grows with
+        q_len * kv_len. Raises TypeError or ValueError for wrong arguments, and what mask_mod raises.
+        """
+        return stats_of(self, head_dim, value_dim, dtype, batch, heads, kv_heads, count_allowed)
 
     @uncompiled
     def to_dense(self) -> Tensor:
