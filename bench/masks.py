@@ -79,9 +79,9 @@ def _judge(mask, mod: Callable, length: int) -> None:
         q_idx, kv_idx = torch.arange(128)[:, None] + row * 128, torch.arange(length)
         allowed = mod(0, 0, q_idx, kv_idx).unflatten(1, (-1, 128))
         some, every = allowed.any((0, 2)), allowed.all(0).all(1)
-        for lists, wanted in ((mask.walk.csr[2:], every), (mask.walk.csr[:2], some & ~every)):
-            got = lists[1][lists[0][row] : lists[0][row + 1]].long()
-            assert torch.equal(got, wanted.nonzero()[:, 0]), f"row {row} lists other blocks than the mask has"
+        listed = mask[:, :, row].csr
+        for got, wanted in ((listed.full_indices, every), (listed.indices, some & ~every)):
+            assert torch.equal(got.long(), wanted.nonzero()[:, 0]), f"row {row} lists other blocks than the mask has"
 
 
 def masks(bench: Bench) -> None:

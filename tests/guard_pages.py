@@ -25,7 +25,7 @@ import flexref
 from flexref.arguments import prepare
 from flexref.autograd import attend
 from flexref.blocks.lists import Lists
-from flexref.blocks.state import Walk
+from flexref.blocks.walk import Walk
 from flexref.variants import masks
 
 PAGE = mmap.PAGESIZE
@@ -88,7 +88,7 @@ def block_mask(kind: str, heads: int, q_len: int, kv_len: int, at_end: bool):
     ids = placed(torch.arange(max(q_len, kv_len)) // 5, at_end)
     mod = {"causal": masks.causal, "document": masks.document(ids)}[kind]
     mask = flexref.create_block_mask(mod, 1, heads if kind == "document" else 1, q_len, kv_len, "cpu", (16, 24))
-    walk = Walk(mask.grid, Lists(*(placed(x, at_end) for x in mask.walk.csr)))
+    walk = Walk(mask.grid, Lists(*(placed(x, at_end) for x in mask.walk.runs)))
     vars(mask)["_walk"] = walk
     return mask
 

@@ -19,6 +19,7 @@ from flexref.reference import Result, einsum
 
 name = "reference"
 rank = 0
+lists = "none"
 options: dict[str, str] = {}
 
 # the flag of torch.set_deterministic_debug_mode belongs to the process, so one backward at a time may hold it

@@ -77,7 +77,7 @@ class BlockOperators(TorchForm):
         """Queries and keys in each other's place."""
         grid = self.grid
         new = Grid(grid.B, grid.H, grid.kv_len, grid.q_len, grid.kv_block, grid.q_block)
-        return self._make(new, self.walk.csc, Transposed(self.mask_mod), self.separate_full_blocks, self._agrees)
+        return self._make(new, self.walk.column_runs, Transposed(self.mask_mod), self.separate_full_blocks, self._agrees)
 
     @uncompiled
     def shift(self, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0) -> Self:
@@ -96,7 +96,7 @@ class BlockOperators(TorchForm):
                 "this BlockMask lists other blocks than its mask_mod allows, so nothing is known of positions beyond "
                 f"{self.seq_lengths}; make one with create_block_mask(mask_mod, ..., {grid.q_len}, {grid.kv_len})"
             )
-        lists = algebra.crop(self._lists, self.grid, grid, self.device)
+        lists = algebra.crop(self._lists, self.grid, grid)
         return self._make(grid, lists, self.mask_mod, self.separate_full_blocks, False)
 
     _adjust = resize
@@ -136,7 +136,7 @@ class BlockOperators(TorchForm):
         mod = not_mask(self._agreeing().mask_mod)
         if not self.separate_full_blocks:
             return built(type(self), mod, self.grid, self.device, False)
-        return self._make(self.grid, algebra.invert(self._lists, self.grid, self.device), mod, True, True)
+        return self._make(self.grid, algebra.invert(self._lists, self.grid), mod, True, True)
 
     def _combined(self, op: str, combinator: Callable, other: BlockOperators) -> Self:
         grid = algebra.common_grid(self.grid, other.grid)
@@ -160,7 +160,7 @@ def built(kind: type, mask_mod: Callable, grid: Grid, device: torch.device, sepa
     """The BlockMask of a mask_mod, asked anew."""
     lists = build(mask_mod, grid, device)
     if not separate:
-        lists = algebra.unseparated(lists, grid, device)
+        lists = algebra.unseparated(lists, grid)
     return kind._make(grid, lists, mask_mod, bool(separate), True)
 
 
