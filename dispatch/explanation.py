@@ -44,7 +44,7 @@ def explained(problem: Problem, tensors: Tensors, choice: Choice, options: Mappi
 
 def _lists(mask: Any, engine: str | None, read: str) -> str:
     """In which form the engine is given the lists of the block mask."""
-    lists = mask.walk.runs
+    lists = mask.walk.lists
     runs, full, partial = len(lists.full_counts), int(lists.full_counts.sum()), len(lists.indices)
     told = f"the block mask lists {partial:,} partial blocks, and {full:,} full ones as {runs:,} runs"
     if read == "none":

@@ -9,6 +9,7 @@ split       the kinds of all blocks by asking about large tiles first
 build       the lists of a mask_mod: split by its program, what stays open asked exactly
 algebra     what can be done with lists and a mask_mod together: combine, crop, slice, compare
 walk        what engines read of the lists
+steps       the lists of some queries, as each step of decoding takes them
 state       what a BlockMask holds and nobody can change; copies, pickles, trees
 torch_form  from and to torch's padded tensors and torch's own BlockMask
 operators   BlockMasks made of BlockMasks: `& | ~ - ^`, rows, resize, transpose, concat

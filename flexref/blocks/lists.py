@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -167,19 +166,6 @@ def _take(rows: Tensor, offsets: Tensor, *entries: Tensor) -> tuple[Tensor, ...]
     shift = torch.repeat_interleave(offsets[:-1][rows] - new[:-1], new.diff())
     at = shift + torch.arange(len(shift), device=shift.device)
     return new, *(x[at] for x in entries)
-
-
-def one_row(lists: Lists, grid: Grid, row: int) -> Lists:
-    """The lists of one row of blocks, of each batch and head."""
-    parts: list[Tensor] = []
-    for offsets, *entries in (lists[:2], lists.full):
-        starts, stops = offsets[row : -1 : grid.rows].tolist(), offsets[row + 1 :: grid.rows].tolist()
-        bounds = list(zip(starts, stops, strict=True))
-        parts.append(torch.tensor([0, *accumulate(stop - start for start, stop in bounds)], device=offsets.device))
-        for x in entries:
-            pieces = [x[start:stop] for start, stop in bounds]
-            parts.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-    return Lists(*parts)
 
 
 def take_columns(lists: Lists, columns: int) -> Lists:

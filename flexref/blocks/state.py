@@ -48,6 +48,7 @@ class BlockState:
     _mask_mod: Callable
     _separate: bool
     _agrees: bool
+    _in_mod: Any
     _copies: dict[str, tuple[tuple, list]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -64,7 +65,8 @@ class BlockState:
     def _set(self, grid: Grid, walk: Walk | None, leaves: tuple | None, mask_mod, separate: bool, agrees: bool) -> None:
         # _agrees: whether the lists are known to allow exactly what mask_mod does
         vars(self).update(_grid=grid, _walk=walk, _leaves=leaves, _mask_mod=mask_mod, _separate=separate, _agrees=agrees)
-        vars(self).update(_copies={})
+        # _in_mod: the same mask with its lists in its mask_mod, where these say other things
+        vars(self).update(_copies={}, _in_mod=None)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         instead = INSTEAD.get(name, _LISTS if hasattr(type(self), name) else "keep what belongs to it beside it")
@@ -124,7 +126,7 @@ class BlockState:
 
     @property
     def _lists(self) -> Lists:
-        return self.walk.runs
+        return self.walk.lists
 
     @property
     def runs(self) -> Lists:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ class Walk:
 
     def __init__(self, grid: Grid, runs: Lists):
         self.grid, self.runs = grid, runs
+        # what steps.py lays out once for all steps
+        self.kept: dict[int, Any] = {}
+
+    @property
+    def lists(self) -> Lists:
+        """The lists and nothing else: `runs` of a step of decoding points into those of other steps too."""
+        return self.runs
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """int64 (runs + 1,): how many full blocks come before each run."""
+        return offsets_of(self.runs.full_counts)
 
     @cached_property
     def csr(self) -> Blocks:
@@ -29,7 +42,7 @@ class Walk:
     @cached_property
     def column_runs(self) -> Lists:
         """The same blocks by column."""
-        return transpose(self.runs, self.grid)
+        return transpose(self.lists, self.grid)
 
     @cached_property
     def csc(self) -> Blocks:
@@ -39,15 +52,15 @@ class Walk:
     @cached_property
     def row_order(self) -> Tensor:
         """int32 (B * H * rows,): the flat rows, those that list the most blocks first, for launching in that order."""
-        return _by_work(self.runs)
+        return _by_work(self.runs, self.ends)
 
     @cached_property
     def column_order(self) -> Tensor:
         """int32 (B * H * columns,): the flat columns, those that list the most blocks first."""
-        return _by_work(self.column_runs)
+        return _by_work(self.column_runs, offsets_of(self.column_runs.full_counts))
 
 
-def _by_work(lists: Lists) -> Tensor:
+def _by_work(lists: Lists, ends: Tensor) -> Tensor:
     """Rows with as many blocks stay in order."""
-    blocks = lists.offsets.diff() + offsets_of(lists.full_counts)[lists.full_offsets].diff()
+    blocks = lists.offsets.diff() + ends[lists.full_offsets].diff()
     return torch.sort(blocks, descending=True, stable=True).indices.to(torch.int32)
