@@ -45,7 +45,8 @@ def _sinks(bench: Bench) -> None:
     mask = flexref.create_block_mask(masks.causal, None, None, bench.length, bench.length, device="cpu")
 
     def call(sink: torch.Tensor | None) -> torch.Tensor:
-        return flexref.flex_attention(*inputs, block_mask=mask, sink=sink, backend=bench.backend)
+        query, key, value = inputs
+        return flexref.flex_attention(query, key, value, block_mask=mask, sink=sink, backend=bench.backend)
 
     # one more key, of score `sink` and value 0, is the same
     key, value = (F.pad(x, (0, 0, 0, 1)) for x in inputs[1:])
@@ -75,7 +76,7 @@ def _documents(bench: Bench) -> None:
     mask = flexref.create_block_mask(alike, None, None, sum(lengths), sum(lengths), device="cpu")
 
     def varlen() -> torch.Tensor:
-        return flexref.varlen_attention(*tokens, offsets, backend=bench.backend)
+        return flexref.varlen_attention(tokens[0], tokens[1], tokens[2], offsets, backend=bench.backend)
 
     def one_mask() -> torch.Tensor:
         return flexref.flex_attention(query, key, value, block_mask=mask, backend=bench.backend)
@@ -91,7 +92,7 @@ def _documents(bench: Bench) -> None:
     rows = [torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in tokens]
 
     def jagged() -> torch.Tensor:
-        return flexref.flex_attention(*rows, backend=bench.backend)
+        return flexref.flex_attention(rows[0], rows[1], rows[2], backend=bench.backend)
 
     out = varlen()
     torch.testing.assert_close(out, one_mask()[0].transpose(0, 1), rtol=1e-4, atol=1e-5)

@@ -1,7 +1,9 @@
 """What numbers are within a mod (R1): one float and one integer, whatever widths PyTorch would give them."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +24,28 @@ _STATIC = frozenset(
 def asks_what_it_is(func: Callable) -> bool:
     """Whether a function asks a tensor what it is, such as its dtype, or for a view: of the user's own tensor."""
     return getattr(func, "__name__", "") in _STATIC
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Products of matrices in all digits of the one float, where the process has asked PyTorch for fewer (bfloat16, TF32)."""
+    kinds = [kind for kind in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul) if kind.fp32_precision in _FEWER]
+    if not kinds:
+        yield
+        return
+    with _precision:
+        before = [kind.fp32_precision for kind in kinds]
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for kind, value in zip(kinds, before, strict=True):
+                kind.fp32_precision = value
+
+
+_precision = threading.RLock()
+_FEWER = ("bf16", "tf32")
 
 
 class OneFloat(TorchFunctionMode):

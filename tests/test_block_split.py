@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexref import create_block_mask, create_mask
 from flexref.blocks import build, estimate, split
-from flexref.blocks.lists import from_runs
+from flexref.blocks.runs import merged, runs_of, written_out
 from flexref.program import range_tables
 from flexref.program.interval import interval
 from flexref.variants import masks
@@ -167,8 +167,10 @@ def test_runs_are_written_out(runs):
             covered[row, start : start + length] = True
             kept.append((row, start, length))
     columns = [torch.tensor([x[i] for x in sorted(kept)], dtype=torch.int64) for i in range(3)]
-    offsets, indices = from_runs(*columns, 5, torch.device("cpu"))
+    runs = merged(*columns, 5)
+    offsets, indices = written_out(*runs)
     where = covered.nonzero()
+    assert all(torch.equal(a, b) for a, b in zip(runs, runs_of(offsets, indices), strict=True))
     assert torch.equal(indices, where[:, 1].to(torch.int32)) and torch.equal(offsets.diff(), covered.sum(1))
 
 

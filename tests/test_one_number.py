@@ -225,3 +225,17 @@ def test_autocast_of_the_caller_chooses_no_float_within_a_mod():
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 out = flex_attention(query, query, query, mod, backend=backend)
             torch.testing.assert_close(out, want)
+
+
+def test_fewer_digits_in_products_of_matrices_are_not_for_a_mod():
+    query = torch.randn(1, 1, N, 4)
+    weights = torch.randn(256, 256)
+    mod = lambda s, b, h, i, j: s + (weights @ weights)[i, j]  # noqa: E731
+    want = flex_attention(query, query, query, mod)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for backend in ("numba_cpu", "reference"):
+            torch.testing.assert_close(flex_attention(query, query, query, mod, backend=backend), want)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -297,7 +297,8 @@ def test_a_long_mask_from_afar_and_from_near():
     mask = flexref.create_block_mask(masks.sliding_window(4096), 1, 1, n, n, device="cpu")
     with Largest() as largest:
         far = visualize.mask(mask)
-    assert largest.numel <= 1 << 18
+    # kinds of a strip of blocks, and beside them one more for the end of each row
+    assert largest.numel <= (1 << 18) + 1024
     assert far.axes[-1].get_ylabel() == "allowed share of a cell, 512 x 512 positions"
     assert float(shown(far).nansum()) * 512 * 512 == pytest.approx(mask.stats().allowed)
     blocks = visualize.mask(mask, queries=range(8192, 8192 + 1024), keys=range(4096, 9216), max_cells=256)

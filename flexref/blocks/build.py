@@ -17,6 +17,7 @@ from torch import Tensor
 from flexref.blocks.estimate import Estimate
 from flexref.blocks.inputs import as_bool, checked_device, checked_sizes, described, kind_of_mod
 from flexref.blocks.lists import PARTIAL, Grid, Lists, broadcast, collect
+from flexref.blocks.sound import check_fits
 from flexref.blocks.split import lists_of, split
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
@@ -41,6 +42,7 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device, acc: torch.dtype
     check_surroundings()
     if device.type == "meta":
         raise ValueError("device is meta, where the lists of a block mask would have no numbers; build it on the CPU or a GPU.")
+    check_fits(grid)
     with torch.no_grad():
         program, estimate = None, None
         positions = math.prod(grid.shape)

@@ -40,7 +40,7 @@ def allowed_in(mask: BlockState, blocks: Tensor) -> Tensor:
 def separated(mask: BlockState) -> Lists:
     """The mask's lists; where it lists full blocks as partial ones and is known to say what mask_mod says, those apart."""
     if mask.separate_full_blocks or not mask._agrees:
-        return mask.walk.csr
+        return mask.walk.lists
     return build(mask.mask_mod, mask.grid, mask.device)
 
 

@@ -34,6 +34,15 @@ def checked_index(name: str, n) -> int:
     return int(n)
 
 
+def check_start(start: Tensor, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `start` is a 0-d tensor of integers on `device`."""
+    if start.dim() or start.dtype == torch.bool or start.is_floating_point() or start.is_complex():
+        raise TypeError(f"start must be an int or a 0-d tensor of integers, got {start.dtype} of shape {tuple(start.shape)}")
+    if start.device != device:
+        raise ValueError(f"start is on {start.device}, but the mask on {device}; move it, or give an int")
+    check_memory("start", start)
+
+
 def checked_lengths(lengths: object) -> tuple[int, int]:
     """(q_len, kv_len). Raises TypeError or ValueError for what is no pair of sizes."""
     if not isinstance(lengths, (tuple, list)) or len(lengths) != 2:

@@ -19,24 +19,27 @@ from flexref.blocks.inputs import (
     checked_device,
     checked_sizes,
 )
-from flexref.blocks.lists import FULL, Grid, Lists, expand, first_problem, sparsity
+from flexref.blocks.lists import FULL, Blocks, Grid, Lists, expand, sparsity
 from flexref.blocks.mask_mods import and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
 from flexref.blocks.operators import BlockOperators, built
-from flexref.blocks.state import Walk, loaded
+from flexref.blocks.sound import first_problem
+from flexref.blocks.state import loaded
 from flexref.blocks.stats import MaskStats, stats_of
+from flexref.blocks.walk import Walk
 from flexref.program.compiled import original
 from flexref.program.mod_objects import same_mod
 from flexref.uncompiled import uncompiled
 
-__all__ = ["BlockMask", "Lists", "and_masks", "create_block_mask", "create_mask", "noop_mask", "not_mask", "or_masks"]
+__all__ = ["BlockMask", "Blocks", "Lists", "and_masks", "create_block_mask", "create_mask", "noop_mask", "not_mask", "or_masks"]
 __all__ += ["Walk", "shift_mask", "xor_masks"]
 
 
 class BlockMask(BlockOperators):
     """Immutable. B and H are 1 or those of the query.
 
-    seq_lengths (q_len, kv_len); BLOCK_SIZE (q_block, kv_block); walk: what engines read; csr, csc: the lists by row and by
-    column, and torch's padded tensors (see TorchForm): copies of them. What makes other masks of it is in BlockOperators.
+    seq_lengths (q_len, kv_len); BLOCK_SIZE (q_block, kv_block); walk: what engines read; runs: the lists as they are held;
+    csr, csc: each block by row and by column, and torch's padded tensors (see TorchForm): copies. What makes other masks of it
+    is in BlockOperators.
     """
 
     @property

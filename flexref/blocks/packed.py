@@ -52,7 +52,8 @@ class _OfDocuments(CallableMod):
     def local(self, q_idx: Any, kv_idx: Any) -> tuple[Any, Any, Any]:
         """(b, q_idx, kv_idx) of the document; a key that is not its own has a place that there is, for there it may be read."""
         # no mod is told about a document without keys, but the least place is 0
-        own = torch.clamp_min(torch.minimum(torch.as_tensor(kv_idx), self.kv_stop[q_idx] - 1) - self.kv_start[q_idx], 0)
+        last, first = self.kv_stop[q_idx] - 1, self.kv_start[q_idx]
+        own = torch.clamp_min(torch.where(kv_idx < last, kv_idx, last) - first, 0)
         return self.document[q_idx], q_idx - self.q_start[q_idx], own
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flexref.blocks.counts import allowed_in, block_numbers, separated
 from flexref.blocks.inputs import checked_size
-from flexref.blocks.lists import Grid
+from flexref.blocks.lists import Grid, Lists
+from flexref.blocks.runs import Runs, offsets_of
 from flexref.blocks.state import BlockState
 
 _DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -107,7 +108,7 @@ def stats_of(
     count_allowed: bool,
 ) -> MaskStats:
     """See BlockMask.stats."""
-    grid, lists = mask.grid, mask.walk.csr
+    grid, lists = mask.grid, mask.walk.lists
     E = checked_size("head_dim", head_dim, 1)
     Ev = E if value_dim is None else checked_size("value_dim", value_dim, 1)
     if dtype not in _DTYPES:
@@ -118,11 +119,11 @@ def stats_of(
         raise ValueError(f"kv_heads must divide the {H} heads of the query, got {Hkv}")
     # a mask of one batch or head serves each of the call's
     times = B // grid.B * (H // grid.H) if grid.B and grid.H else 0
-    some, whole = _work(*lists[:2], grid), _work(*lists[2:], grid)
+    some, whole = _work(_single(lists), grid), _work(lists.full, grid)
     by_row, by_column = some.by_row + whole.by_row, some.by_column + whole.by_column
     heights, widths = (some.heights + whole.heights) * times, (some.widths + whole.widths) * times
     computed = int(by_row.sum()) * times
-    partial, full = len(lists.indices) * times, len(lists.full_indices) * times
+    partial, full = len(lists.indices) * times, int(lists.full_counts.sum()) * times
     moved = _bytes(E, Ev, dtype, B * H * grid.q_len, B * Hkv * grid.kv_len, heights, widths)
     return MaskStats(
         (B, H, grid.q_len, grid.kv_len), mask.BLOCK_SIZE, E, Ev, dtype,
@@ -141,20 +142,30 @@ def _of_call(name: str, given: int | None, own: int) -> int:
     return size
 
 
-def _work(offsets: Tensor, indices: Tensor, grid: Grid) -> _Work:
+def _single(lists: Lists) -> Runs:
+    """Partial blocks as runs of one."""
+    return lists.offsets, lists.indices, torch.ones_like(lists.indices)
+
+
+def _work(runs: Runs, grid: Grid) -> _Work:
     """Without an entry of its own for each listed block: of a million tokens there may be tens of millions."""
-    counts = offsets.diff()
+    offsets, starts, lengths = runs
+    counts, ends = offsets_of(lengths)[offsets].diff(), starts.long() + lengths
     # only the last row is lower, only the last column narrower, and a list that has it ends with it
     height = torch.full_like(counts, grid.q_block).reshape(-1, max(grid.rows, 1))
-    height[:, -1:] -= grid.rows * grid.q_block - grid.q_len
+    missing = grid.rows * grid.q_block - grid.q_len
+    height[:, -1:] -= missing
     height = height.reshape(-1)
-    last = indices[(offsets[1:] - 1).clamp(min=0)] == grid.columns - 1 if len(indices) else counts > 0
+    last = ends[(offsets[1:] - 1).clamp(min=0)] == grid.columns if len(ends) else counts > 0
     width = counts * grid.kv_block - ((counts > 0) & last) * (grid.columns * grid.kv_block - grid.kv_len)
     by_column = [torch.zeros(0, dtype=torch.int64, device=offsets.device)]
     for plane in range(grid.B * grid.H if grid.rows else 0):
         first, end, stop = (int(offsets[plane * grid.rows + row]) for row in (0, grid.rows - 1, grid.rows))
-        listed = grid.q_block * torch.bincount(indices[first:stop], minlength=grid.columns)
-        listed[indices[end:stop].long()] -= grid.rows * grid.q_block - grid.q_len
+        change = torch.zeros(grid.columns + 1, dtype=torch.int64, device=offsets.device)
+        for part, by in ((slice(first, stop), grid.q_block), (slice(end, stop), -missing)):
+            step = torch.full_like(ends[part], by)
+            change.index_add_(0, starts[part].long(), step).index_add_(0, ends[part], -step)
+        listed = change.cumsum(0)[:-1]
         listed[-1:] *= grid.kv_len - (grid.columns - 1) * grid.kv_block
         listed[:-1] *= grid.kv_block
         by_column.append(listed)
@@ -171,7 +182,7 @@ def _bytes(E: int, Ev: int, dtype: torch.dtype, queries: int, keys: int, heights
 
 def _allowed(mask: BlockState) -> int:
     lists = separated(mask)
-    in_full = int(_work(*lists[2:], mask.grid).by_row.sum())
+    in_full = int(_work(lists.full, mask.grid).by_row.sum())
     return in_full + int(allowed_in(mask, block_numbers(*lists[:2], mask.grid)).sum())
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexref.one_float import OneFloat, asks_what_it_is
+from flexref.one_float import OneFloat, asks_what_it_is, whole_products
 from flexref.tensor_gate import check_memory
 
 # what moves numbers and computes none: it needs no other width, and most of it no memory
@@ -63,7 +63,7 @@ def make(recipe: Recipe, roots: Sequence[Tensor]) -> Tensor:
 def _computed(acc: torch.dtype | None, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     if acc is None:
         return func(*args, **kwargs)
-    with OneFloat(acc):
+    with OneFloat(acc), whole_products():
         return func(*args, **kwargs)
 
 

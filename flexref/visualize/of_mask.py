@@ -34,7 +34,7 @@ def block_rows(mask: BlockMask, b: int, h: int, q_idx: Tensor) -> tuple[Tensor, 
     """The kinds of the rows of blocks that q_idx (R,) lies in, int8 (rows, columns), and which of them each query has (R,)."""
     grid = mask.grid
     row, place = torch.unique(q_idx // grid.q_block, return_inverse=True)
-    return expand(take_rows(mask.walk.csr, _first_row(mask, b, h) + row), 0, len(row), grid.columns), place
+    return expand(take_rows(mask.walk.lists, _first_row(mask, b, h) + row), 0, len(row), grid.columns), place
 
 
 def _blocks(positions: range, size: int) -> range:
@@ -69,7 +69,7 @@ def _elements(mask: BlockMask, window: Window, head: int, rows: range, columns: 
 def _kinds(mask: BlockMask, window: Window, head: int, rows: range, columns: range) -> Picture:
     """Values: the kind of each block."""
     first = _first_row(mask, window.batch, head)
-    kinds = _strip(mask.walk.csr, mask, first, rows, columns).cpu()
+    kinds = _strip(mask.walk.lists, mask, first, rows, columns).cpu()
     sides = _cells_of_blocks(mask, window, rows, columns)
     return Picture(BLOCKS, kinds.double(), kinds == 0, *sides, _title(mask, window, head), mask.BLOCK_SIZE)
 
