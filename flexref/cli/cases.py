@@ -38,7 +38,7 @@ def relative(s, b, h, i, j):
 
 
 def alibi(heads: int) -> Callable[..., Tensor]:
-    """The distance is subtracted, times a slope of 2^(-8/n), 2^(-16/n), ... for n heads, and 2^(-4/n), 2^(-12/n) ... for the rest.
+    """The distance is subtracted, times 2^(-8/n), 2^(-16/n), ... for n heads, and 2^(-4/n), 2^(-12/n) ... for the rest.
 
     n is the greatest power of two that is at most `heads`.
     """

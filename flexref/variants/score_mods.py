@@ -48,7 +48,7 @@ class soft_cap(CallableMod):
     """cap * tanh(score / cap): scores stay within -cap and cap. As in Gemma 2, 2024.
 
     `fast` takes a fraction for tanh, no exponential: with y = x^2, x (y^3 + 378 y^2 + 17325 y + 135135) / (28 y^3 + 3150 y^2 +
-    62370 y + 135135), the seventh convergent of Lambert's continued fraction of 1770, up to x = 4.97178685, where it is 1 and
+    62370 y + 135135), the seventh convergent of Lambert's continued fraction, up to x = 4.97178685, where it is 1 and
     stays. The score is off by less than 1e-4 * cap: most there, by 1 - tanh(x) = 9.6e-5, and nowhere by more than the tenth
     convergent is away.
     """
@@ -103,7 +103,8 @@ def undo_softmax(out: Tensor, lse: Tensor, value_sum: Tensor, offset: float = 1.
 
     out (B, H, L, Ev), lse (B, H, L); value_sum: of the values that each row may see, broadcast to (B, H, L, Ev).
     """
-    return out * lse.exp().unsqueeze(-1) - number("offset", offset) * value_sum
+    offset = number("offset", offset)
+    return out * lse.exp().unsqueeze(-1) - offset * value_sum
 
 
 class by_mask(CallableMod):
