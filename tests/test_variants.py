@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -180,6 +182,30 @@ def test_no_position_is_too_great(name):
 def test_document_ids():
     assert masks.document_ids([2, 0, 3]).tolist() == [0, 0, 2, 2, 2]
     assert masks.document_offsets([2, 0, 3]).tolist() == [0, 2, 2, 5]
+
+
+@pytest.mark.parametrize("module", [masks, score_mods])
+def test_the_page_of_variants_names_each(module):
+    page = (Path(__file__).parent.parent / "docs" / "variants.md").read_text()
+    assert not [name for name in module.__all__ if f"`{name}`" not in page]
+    assert all(getattr(module, name).__doc__ for name in module.__all__)
+
+
+def test_every_use_on_the_page_is_right():
+    page = (Path(__file__).parent.parent / "docs" / "variants.md").read_text()
+    uses = re.findall(r"`(?:mask_mod=)?((?:masks|score_mods)\.[^`]*)` \|$", page, re.MULTILINE)
+    assert len(uses) == page.count("\n| `")
+    q = torch.zeros(1, 1, 640, 8)
+    names = {
+        "masks": masks, "score_mods": score_mods, "a": masks.causal, "b": masks.causal, "c": masks.causal, "q": q, "k": q,
+        "heads": 8, "length": 64, "frame": 1350, "position": 3, "cached": 5, "lengths": [20, 44], "parents": [-1, 0],
+        "prompt_lengths": torch.tensor([3, 4]), "is_question": torch.zeros(64, dtype=torch.bool), "table": torch.zeros(9, 9),
+        "intervals": torch.tensor([[0, 3]]), "span": torch.ones(8), "width": torch.ones(8), "grid": torch.zeros(8, 27, 27),
+        "embedding": torch.nn.Embedding(32, 8), "adjacency": torch.ones(5, 5, dtype=torch.bool), "bias": torch.zeros(8, 10),
+        "biases": torch.zeros(8, 5, 3), "types": torch.zeros(5, 5, dtype=torch.int64), "torch": torch,
+    }  # fmt: skip
+    for use in uses:
+        eval(use, names)
 
 
 def test_layers_take_their_mods_in_turn():
