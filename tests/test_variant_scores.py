@@ -184,6 +184,30 @@ def test_widths_are_learned():
     )
 
 
+@pytest.mark.parametrize("heads, kv_heads, width", [(4, 2, 3), (2, 1, 1), (2, 2, 0), (4, None, 6)])
+def test_the_rotary_part_is_learned(heads, kv_heads, width):
+    shape = (2, LENGTH, width) if kv_heads is None else (2, kv_heads, LENGTH, width)
+    query_rope, key_rope = rand(2, heads, LENGTH, width, seed=7), rand(*shape, seed=8)
+    of_heads = (key_rope[:, None] if kv_heads is None else key_rope).repeat_interleave(heads // (kv_heads or 1), 1)
+    if not width:
+        got = score_mods.mla_rope(query_rope, key_rope)(torch.tensor(2.0), 0, 1, 3, 4)
+        assert got == 2.0
+        return
+    check_gradients(
+        lambda turned: score_mods.mla_rope(turned, key_rope, 0.3),
+        lambda score, turned: score + 0.3 * turned @ of_heads.transpose(-1, -2),
+        query_rope,
+        heads,
+    )
+    check_gradients(
+        lambda turned: score_mods.mla_rope(query_rope, turned, 0.3),
+        lambda score, turned: score
+        + 0.3 * query_rope @ (turned[:, None] if kv_heads is None else turned.repeat_interleave(heads // kv_heads, 1)).mT,
+        key_rope,
+        heads,
+    )
+
+
 def graph(nodes: int, edges: int, seed: int, batch: int = 2) -> np.ndarray:
     draw = np.random.default_rng(seed)
     found = np.zeros((batch, nodes, nodes), bool)
@@ -351,6 +375,19 @@ WRONG = {
     "length": (lambda: score_mods.sandwich(2, 0), ValueError, "length must be at least 1, got 0"),
     "span": (lambda: score_mods.adaptive_span(IDS, 2), TypeError, "span must be a float tensor of 1 dimensions"),
     "ramp": (lambda: score_mods.adaptive_span(FLOATS[0], 0), ValueError, "ramp must be a positive number, got 0"),
+    "rope": (lambda: score_mods.mla_rope(FLOATS, FLOATS), TypeError, "query_rope must be a float tensor of 4 dimensions"),
+    "rope's width": (
+        lambda: score_mods.mla_rope(torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, 5)), ValueError,
+        "key_rope must have the last size of query_rope, 4, got 5",
+    ),
+    "rope's heads": (
+        lambda: score_mods.mla_rope(torch.zeros(1, 4, 3, 4), torch.zeros(1, 3, 3, 4)), ValueError,
+        "key_rope must have heads that divide the 4 of query_rope, got 3",
+    ),
+    "rope's scale": (
+        lambda: score_mods.mla_rope(torch.zeros(1, 4, 3, 4), torch.zeros(1, 3, 4), 0), ValueError,
+        "scale must be a positive number, got 0",
+    ),
     "widths": (lambda: score_mods.gaussian_span(FLOATS), TypeError, "width must be a float tensor of 1 dimensions"),
     "distances": (lambda: score_mods.graph_distance(FLOATS, FLOATS), TypeError, "distances must be an integer tensor of"),
     "edges": (lambda: score_mods.graph_path(FLOATS, IDS, IDS), TypeError, "bias must be a float tensor of 3 dimensions"),

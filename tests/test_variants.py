@@ -129,6 +129,26 @@ def test_they_move_with_all_that_they_hold(name):
     assert [x.device.type for x in tensors_of(moved)] == ["meta"] * len(tensors_of(mod))
 
 
+def test_what_they_make_is_where_it_is_wanted():
+    made = [
+        lambda **at: masks.tree([-1, 0], **at),
+        lambda **at: masks.shared_prefix([1, 2], [-1, 0], **at),
+        lambda **at: masks.per_document(masks.causal, [1, 2], **at),
+        lambda **at: masks.bigbird(8, 2, **at),
+        lambda **at: score_mods.sandwich(2, 4, **at),
+        lambda **at: score_mods.alibi(3, **({"slopes": score_mods.alibi_slopes(3, **at)} if at else {})),
+    ]
+    for make in made:
+        with torch.device("meta"):
+            assert {x.device.type for x in tensors_of(make())} == {"meta"}
+            assert {x.device.type for x in tensors_of(make(device="cpu"))} == {"cpu"}
+    order = masks.morton_order((2, 2))
+    with torch.device("meta"):
+        assert order.permutation().is_meta and order.permutation("cpu").tolist() == [0, 1, 2, 3]
+    there = torch.tensor([2, 1], device="meta")
+    assert score_mods.t5_bias(torch.zeros(8, 2, device="meta")).buckets.is_meta and masks.vision_cross(there[:, None] * there, 1)
+
+
 def test_they_print_what_made_them():
     assert repr(masks.sliding_window(4)) == "sliding_window(size=4)"
     assert repr(masks.document(IDS)) == "document(ids=<int64 (2, 20)>)"
@@ -203,6 +223,7 @@ def test_every_use_on_the_page_is_right():
         "intervals": torch.tensor([[0, 3]]), "span": torch.ones(8), "width": torch.ones(8), "grid": torch.zeros(8, 27, 27),
         "embedding": torch.nn.Embedding(32, 8), "adjacency": torch.ones(5, 5, dtype=torch.bool), "bias": torch.zeros(8, 10),
         "biases": torch.zeros(8, 5, 3), "types": torch.zeros(5, 5, dtype=torch.int64), "torch": torch,
+        "query_rope": torch.zeros(1, 8, 6, 4), "key_rope": torch.zeros(1, 6, 4), "scale": 0.1,
     }  # fmt: skip
     for use in uses:
         eval(use, names)

@@ -177,6 +177,7 @@ FAR = torch.randint(0, 4, (2, 20, 20), generator=generator)
 EDGES = torch.randint(0, 5, (20, 20, 2), generator=generator, dtype=torch.int32)
 WAYS = torch.randint(0, 3, (20, 20), generator=generator, dtype=torch.int32)
 PATHS = torch.randn(3, 2, 5, generator=generator)
+TURNED, KEYS = torch.randn(2, 3, 20, 2, generator=generator), torch.randn(2, 1, 20, 2, generator=generator)
 SPANS = torch.tensor([2.5, 0.0, 30.0])
 SLOPES = (2**-4, 2**-8, 2**-2)
 
@@ -208,6 +209,10 @@ def span(h: int, d: int) -> float:
     return math.log(factor) if factor > 0 else -math.inf
 
 
+def turned(query: torch.Tensor, key: torch.Tensor) -> float:
+    return 0.5 * sum(x * y for x, y in zip(query.tolist(), key.tolist(), strict=True))
+
+
 def gelu(s: float) -> float:
     return s * (0.5 + 0.5 * math.erf(s / math.sqrt(2))) if s > -8 else 0.0
 
@@ -232,6 +237,10 @@ SCORES: dict[str, tuple[Callable, Callable]] = {
     ),
     "graph_distance": (score_mods.graph_distance(ROWS, FAR), lambda s, b, h, q, k: s + ROWS[h, FAR[b, q, k]].item()),
     "graph_path": (score_mods.graph_path(PATHS, EDGES, WAYS), lambda s, b, h, q, k: s + path(h, q, k)),
+    "mla_rope": (score_mods.mla_rope(TURNED, KEYS, 0.5), lambda s, b, h, q, k: s + turned(TURNED[b, h, q], KEYS[b, 0, k])),
+    "mla_rope of all": (
+        score_mods.mla_rope(TURNED, KEYS[:, 0], 0.5), lambda s, b, h, q, k: s + turned(TURNED[b, h, q], KEYS[b, 0, k]),
+    ),
     "activation": (score_mods.activation(), lambda s, b, h, q, k: math.log(gelu(s) + 1)),
     "by_mask": (score_mods.by_mask(masks.chunked(6)), lambda s, b, h, q, k: s if q // 6 == k // 6 else -math.inf),
     "compose": (

@@ -176,6 +176,33 @@ class gaussian_span(CallableMod):
         return score - 0.5 * steps * steps
 
 
+class mla_rope(CallableMod):
+    """Adds scale * <query_rope[b, h, q_idx], key_rope[b, h // group, kv_idx]>, beside a compressed part; both learned.
+
+    query_rope: floats (B, H, L, R), already turned by their positions, key_rope: (B, Hkv, S, R) or (B, S, R) for all heads. The
+    product is 2 R reads for each score, and its kernel is long to compile where R is great: query and key with their rotary
+    parts concatenated, and scaled, are the same attention and quicker. DeepSeek-V2, 2024.
+    """
+
+    def __init__(self, query_rope: Tensor, key_rope: Tensor, scale: float = 1.0):
+        self.query_rope, self.key_rope = floats("query_rope", query_rope, (4,)), floats("key_rope", key_rope, (3, 4))
+        self.scale = number("scale", scale)
+        if query_rope.shape[-1] != key_rope.shape[-1]:
+            raise ValueError(f"key_rope must have the last size of query_rope, {query_rope.shape[-1]}, got {key_rope.shape[-1]}")
+        heads, kv_heads = query_rope.shape[1], key_rope.shape[1]
+        if key_rope.dim() == 4 and (not kv_heads or heads % kv_heads):
+            raise ValueError(f"key_rope must have heads that divide the {heads} of query_rope, got {kv_heads}")
+
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        at = (b, kv_idx)
+        if self.key_rope.dim() == 4:
+            at = (b, h // (self.query_rope.shape[1] // self.key_rope.shape[1]), kv_idx)
+        product = 0.0
+        for r in range(self.query_rope.shape[-1]):
+            product = product + self.query_rope[b, h, q_idx, r] * self.key_rope[(*at, r)]
+        return score + self.scale * product
+
+
 def _reached(distance: int, step: int, exact: int, steps: int, last: int) -> bool:
     """Whether a distance is in bucket `step` or a later one."""
     if step <= exact:

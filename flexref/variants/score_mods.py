@@ -20,6 +20,7 @@ from flexref.variants.positions import (
     alibi,
     alibi_slopes,
     gaussian_span,
+    mla_rope,
     relative_grid,
     relative_position,
     relative_table,
@@ -30,7 +31,7 @@ from flexref.variants.positions import (
 
 __all__ = [
     "activation", "adaptive_span", "alibi", "alibi_slopes", "by_mask", "causal", "compose", "gaussian_span", "graph_distance",
-    "graph_distances", "graph_path", "graph_paths", "per_head", "per_layer", "relative_grid", "relative_position",
+    "graph_distances", "graph_path", "graph_paths", "mla_rope", "per_head", "per_layer", "relative_grid", "relative_position",
     "relative_table", "sandwich", "soft_cap", "t5_bias", "t5_buckets", "table_bias", "undo_softmax",
 ]  # fmt: skip
 
