@@ -159,14 +159,19 @@ class block_diffusion(MaskMod):
 
 def document_ids(lengths: Sequence[int] | Tensor) -> Tensor:
     """Documents of these lengths packed one behind the other, as `document` takes them: int64 (sum of lengths,)."""
-    counts = torch.as_tensor(lengths, dtype=torch.int64)
+    counts = _counts(lengths)
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
 def document_offsets(lengths: Sequence[int] | Tensor) -> Tensor:
     """Where each document begins, and at the end where the last one ends: int64 (documents + 1,)."""
-    counts = torch.as_tensor(lengths, dtype=torch.int64)
+    counts = _counts(lengths)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _counts(lengths: Sequence[int] | Tensor) -> Tensor:
+    # as_tensor would move a tensor to the default device
+    return lengths.long() if isinstance(lengths, Tensor) else torch.as_tensor(lengths, dtype=torch.int64)
 
 
 def _walk(parents: list[int]) -> tuple[Tensor, Tensor]:
