@@ -221,7 +221,7 @@ def test_masks_within_documents(lengths):
     for part in parts:
         wanted[at : at + len(part), at : at + len(part)] = part
         at += len(part)
-    # a table as long as the longest document is read nowhere else
+    # a table as long as the longest document is read nowhere else, or it would be an error
     table = torch.from_numpy(np.tri(longest, dtype=bool) & ~np.tri(longest, k=-2, dtype=bool))
     check(masks.per_document(masks.sliding_window(2), lengths), wanted)
     check(masks.per_document(masks.from_table(table), torch.tensor(lengths)), wanted)
@@ -244,7 +244,7 @@ def test_blocks_of_a_draft(prefix, size):
 
 @pytest.mark.parametrize("tokens", [1, 3, 30])
 def test_text_that_sees_images(tokens):
-    intervals = np.array([[0, 7], [1, 7], [7, 12], [3, 3]])
+    intervals = np.array([[0, 7], [3, 3], [1, 7], [7, 12]])
     wanted = np.zeros((12, 4 * tokens + 3), bool)
     for image, (first, last) in enumerate(intervals):
         wanted[first:last, image * tokens : (image + 1) * tokens] = True

@@ -41,9 +41,7 @@ class per_document(MaskMod):
 
     def __call__(self, b, h, q_idx, kv_idx):
         same = self.ids[q_idx] == self.ids[kv_idx]
-        # a token of another document may have a place that this one does not reach
-        place = torch.where(torch.as_tensor(same), kv_idx - self.begin[kv_idx], 0)
-        return same & self.mod(b, h, q_idx - self.begin[q_idx], place)
+        return same & self.mod(b, h, q_idx - self.begin[q_idx], kv_idx - self.begin[kv_idx])
 
 
 class per_chunk(MaskMod):

@@ -204,10 +204,8 @@ def _before(i, j, kernel: int):
 def _near(i, j, size, kernel: int):
     if isinstance(size, int) and kernel >= size:
         return True
+    # of fewer positions than the kernel it begins before the first, and all are near
     start = _least(_greatest(i - kernel // 2, 0), size - kernel)
-    if not isinstance(size, int):
-        # of a few positions that agree modulo the dilation, all are near
-        start = _greatest(start, 0)
     return (j >= start) & (j < start + kernel)
 
 
