@@ -94,6 +94,6 @@ def _next_nodes(edges: Tensor, far: Tensor) -> Tensor:
     nodes = edges.shape[-1]
     found = torch.arange(nodes, device=edges.device).view(nodes, 1).expand(far.shape)
     for k in reversed(range(nodes)):
-        step = edges[..., :, k, None] & (far[..., None, k, :] == far - 1) & (far <= nodes)
+        step = edges[..., :, k, None] & (far[..., None, k, :] == far - 1)
         found = torch.where(step, k, found)
     return found.contiguous()
