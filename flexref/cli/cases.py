@@ -38,8 +38,17 @@ def relative(s, b, h, i, j):
 
 
 def alibi(heads: int) -> Callable[..., Tensor]:
-    """The distance is subtracted, times a slope of 2^(-8/H), 2^(-16/H), ... for the heads."""
-    return lambda s, b, h, i, j: s + torch.exp2(-8.0 * (h + 1) / heads).to(s.dtype) * (j - i)
+    """The distance is subtracted, times 2^(-8/n), 2^(-16/n), ... for n heads, and 2^(-4/n), 2^(-12/n) ... for the rest.
+
+    n is the greatest power of two that is at most `heads`.
+    """
+    n = 2 ** (len(bin(heads)) - 3)
+
+    def score(s, b, h, i, j):
+        power = torch.where(h < n, 8.0 * (h + 1), 8.0 * (h - n) + 4) / n
+        return s + torch.exp2(-power).to(s.dtype) * (j - i)
+
+    return score
 
 
 def capped(s, b, h, i, j):

@@ -80,7 +80,14 @@ class Builder:
         common = max((self.type(a) for a in args), key=ORDER.__getitem__)
         names = {"f": "float", "i": "int", "b": "bool", "n": common if common != "bool" else "int"}
         refs = tuple(self.cast(a, names[w]) for a, w in zip(args, wanted, strict=True))
+        if name == "mul" and self._nothing(*refs):
+            return Ref(self.const(0))
         return Ref(self.node(name, refs, names[result]))
+
+    def _nothing(self, a: int, b: int) -> bool:
+        """Whether it is an index times 0, as where a mask of one head serves all: what is read may not be left out so."""
+        one, other = sorted((self.nodes[a], self.nodes[b]), key=lambda node: node.op)
+        return one.op == "const" and one.type == "int" and one.attr == 0 and other.op == "input" and other.type == "int"
 
     def graph(self, outputs: dict[str, int], kept: tuple[int, ...] = ()) -> Graph:
         """The finished program, without the nodes that neither an output nor `kept` needs.
