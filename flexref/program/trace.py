@@ -26,6 +26,7 @@ from flexref.program.ir import INDICES, Graph
 from flexref.program.partial import Partial
 from flexref.program.recipes import Kitchen, Recipe, pick, roots_of
 from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
+from flexref.program.watch import Watch
 
 SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
 
@@ -33,7 +34,7 @@ SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
 class Traced(NamedTuple):
     """A program, the captured tensors its loads name by position, and the captured numbers its scalars name.
 
-    `recipes`: how each captured tensor is made of `roots`, the tensors that the mod reaches.
+    `recipes`: how each captured tensor is made of `roots`, the tensors that the mod reaches. `why`: why it must not be kept.
     """
 
     graph: Graph
@@ -42,6 +43,7 @@ class Traced(NamedTuple):
     scalars: tuple[int | float, ...]
     recipes: tuple[Recipe, ...] = ()
     roots: tuple[Tensor, ...] = ()
+    why: str | None = None
 
 
 def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leaves: Leaves | None = None) -> Traced:
@@ -51,10 +53,10 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
     `leaves`: the Python numbers that the mod captures; constants equal to them become run-time scalars.
     """
     check_arity(fn, kind)
-    recorder = _Recorder(fn, kind, acc_dtype)
+    recorder = _Recorder(fn, kind, acc_dtype, Watch(leaves))
     builder = recorder.builder
     # the mod must not be recorded under the caller's autocast or inference settings
-    with torch.autocast("cpu", enabled=False), torch.inference_mode(False), torch.enable_grad(), nothing_compiled():
+    with torch._C._DisableAutocast(), torch.inference_mode(False), torch.enable_grad(), nothing_compiled():
         try:
             result = recorder.call()
             out = returned(builder, result, "float" if kind == "score" else "bool")
@@ -68,7 +70,8 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
             raise mistakes.failed(fn, kind, error) from error
     graph, scalars = lift(builder.graph({"out": out}), captured_numbers(leaves))
     recipes = tuple(map(recorder.kitchen.recipe, recorder.captured))
-    return Traced(graph, tuple(recorder.captured), tuple(recorder.names), scalars, recipes, tuple(recorder.kitchen.roots))
+    why, roots = recorder.kitchen.why or recorder.watch.why, tuple(recorder.kitchen.roots)
+    return Traced(graph, tuple(recorder.captured), tuple(recorder.names), scalars, recipes, roots, why)
 
 
 def check_arity(fn: Callable, kind: str) -> None:
@@ -118,9 +121,9 @@ _READ_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 class _Recorder(TorchFunctionMode):
     """Stands between the mod and PyTorch while the mod runs."""
 
-    def __init__(self, fn: Callable, kind: str, acc_dtype: torch.dtype):
+    def __init__(self, fn: Callable, kind: str, acc_dtype: torch.dtype, watch: Watch):
         super().__init__()
-        self.fn, self.kind, self.acc_dtype = fn, kind, acc_dtype
+        self.fn, self.kind, self.acc_dtype, self.watch = fn, kind, acc_dtype, watch
         self.captured: list[Tensor] = []
         self.names: list[str] = []
         self.builder = Builder()
@@ -132,7 +135,7 @@ class _Recorder(TorchFunctionMode):
         names = SIGNATURES[self.kind]
         dtypes = [self.acc_dtype if name == "score" else torch.int64 for name in names]
         refs = [Ref(self.builder.input(name)) for name in names]
-        with self, own_backward.refused(self.applies):
+        with self, own_backward.refused(self.applies), self.watch:
             result = self.fn(*(Value(self.builder, r, d) for r, d in zip(refs, dtypes, strict=True)))
         return self.result(result)
 
@@ -142,11 +145,8 @@ class _Recorder(TorchFunctionMode):
             result = self.load(result, ())
         if isinstance(result, Partial):
             raise mistakes.partial(result)
-        dtype = (
-            result.dtype
-            if isinstance(result, Tensor)
-            else {bool: torch.bool, int: torch.int64, float: self.acc_dtype}.get(type(result))
-        )
+        numbers = {bool: torch.bool, int: torch.int64, float: self.acc_dtype}
+        dtype = result.dtype if isinstance(result, Tensor) else numbers.get(type(result))
         shape = tuple(result.shape) if isinstance(result, Tensor) else ()
         wanted_bool = self.kind == "mask"
         if dtype is None or shape != () or (dtype == torch.bool) != wanted_bool or dtype.is_complex:
@@ -179,6 +179,8 @@ class _Recorder(TorchFunctionMode):
         leaves = list(flatten((args, tuple(kwargs.values()))))
         of_tensors = not any(isinstance(x, (Value, Partial)) for x in leaves)
         mistakes.refuse(self.fn, self.kind, name, args, of_tensors)
+        if of_tensors and (name == "__get__" or name in mistakes.METADATA):
+            self.kitchen.asked(func)
         if name in mistakes.METADATA or name == "__set__":
             return func(*args, **kwargs)
         if name == "new_tensor":
