@@ -23,6 +23,7 @@ from flexref.program.mods import Mod, traced_mod
 from flexref.program.trace import trace
 from flexref.variants import masks, score_mods
 from tests.hidden_ways import WAYS
+from tests.ordinary_mods import MODS
 from tests.ways_of_holding import KEPT
 
 VALUES = (0.125, 0.75)
@@ -90,6 +91,11 @@ def test_ways_within_ways(data):
 def test_what_is_used_every_day_stays_kept(name):
     get, _ = WAYS[name](VALUES[0])
     assert traced_mod(score_mod_of(get), "score", torch.float32).why is None
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_mods_as_they_are_written_every_day_stay_kept(name):
+    assert traced_mod(MODS[name], "score", torch.float32).why is None
 
 
 def library_mods():

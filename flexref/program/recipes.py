@@ -12,18 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexref.program.repeatable import why_not_asked, why_not_repeated
 from flexref.tensor_gate import check_memory
-
-# what a tensor says of itself that is in a kept program's key, or follows from what is
-_KEYED = frozenset(
-    """size dim numel stride ndimension nelement __len__ is_floating_point is_complex is_contiguous element_size get_device
-    shape dtype device ndim layout itemsize nbytes requires_grad is_leaf is_cpu is_cuda is_meta is_sparse is_nested
-    is_quantized is_signed is_same_size is_tensor T mT H mH data real imag""".split()
-)
-# whose shape is that of their tensor, and which a tensor without values cannot do
-_KEEP_SHAPE = frozenset({"to", "cpu", "cuda"})
-_PLAIN = (bool, int, float, complex, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout)
-_PLAIN += (torch.memory_format, torch.Size, Tensor)
 
 
 class Root(NamedTuple):
@@ -79,16 +69,9 @@ class Kitchen:
         # what a kept program would not see change; None if there is nothing
         self.why: str | None = None
 
-    def doubt(self, why: str) -> None:
-        """This trace must not be kept."""
-        self.why = self.why or why
-
     def asked(self, func: Callable) -> None:
         """The mod asks a tensor, by a method or an attribute, for what is no tensor."""
-        name = getattr(func, "__name__", "something")
-        name = func.__self__.__name__ if name == "__get__" else name  # type: ignore[attr-defined]
-        if name not in _KEYED:
-            self.doubt(f"it asks a tensor for {name}")
+        self.why = self.why or why_not_asked(func)
 
     def recipe(self, x: Tensor) -> Recipe:
         """How `x` is made; one that nothing here made is a root."""
@@ -111,46 +94,13 @@ class Kitchen:
 
         many = isinstance(result, (tuple, list))
         with torch._C.DisableTorchFunction():
-            self.judge(func, args, kwargs, list(result) if many else [result])
+            self.why = self.why or why_not_repeated(func, args, kwargs, result if many else (result,))
         for i, x in enumerate(result if many else (result,)):
             if isinstance(x, Tensor) and id(x) not in self.made and not any(x is root for root in self.roots):
                 named = {k: mapped(v, written) for k, v in kwargs.items()}
                 how = Made(func, mapped(args, written), named, torch.is_grad_enabled(), i if many else None)
                 self.made[id(x)] = x, how
         return result
-
-    def judge(self, func: Callable, args: tuple, kwargs: dict, results: list) -> None:
-        """Whether the call is one that a recipe repeats: of plain arguments, and the shape of what it gives is in the key."""
-        name = getattr(func, "__name__", "a function")
-        if name == "__get__":
-            return
-        leaves: list = []
-        mapped((args, tuple(kwargs.values())), leaves.append)
-        odd = [x for x in leaves if not isinstance(x, _PLAIN)]
-        if odd:
-            self.doubt(f"it calls {name} with a {type(odd[0]).__name__}")
-        elif not any(isinstance(x, Tensor) for x in leaves):
-            # of arguments alone
-            return
-        elif not all(isinstance(x, Tensor) for x in results):
-            self.asked(func)
-        elif name not in _KEEP_SHAPE:
-            if _shapes_without_values(func, args, kwargs) != [x.shape for x in results]:
-                self.doubt(f"the shape of what {name} gives may depend on what its tensors hold")
-
-
-def _shapes_without_values(func: Callable, args: tuple, kwargs: dict) -> list[torch.Size] | None:
-    """The shapes of what `func` gives for tensors that hold nothing; None if it needs what they hold."""
-
-    def emptied(x):
-        return x.to("meta") if isinstance(x, Tensor) else x
-
-    try:
-        with torch.no_grad():
-            result = func(*mapped(args, emptied), **{k: mapped(v, emptied) for k, v in kwargs.items()})
-        return [x.shape for x in (result if isinstance(result, (tuple, list)) else (result,))]
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError):
-        return None
 
 
 def mapped(x: Any, function: Callable) -> Any:

@@ -94,8 +94,12 @@ def is_function_of_tensors(x: types.BuiltinFunctionType) -> bool:
 
 def is_steady_function(fn: types.FunctionType) -> bool:
     """Whether the code of a Python function is PyTorch's, flexref's or Python's own; what it closes over is not meant."""
-    module = own_module(fn.__globals__)
-    return is_steady_module(module) or module == "torch" and fn.__name__ in _TESTS
+    return is_steady_code(own_module(fn.__globals__), fn.__code__)
+
+
+def is_steady_code(module: str, code: types.CodeType) -> bool:
+    """Whether code of a module (own_module) gives what it gives by arguments and objects alone."""
+    return is_steady_module(module) or module == "torch" and code.co_name in _TESTS
 
 
 @lru_cache(maxsize=4096)

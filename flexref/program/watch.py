@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,9 @@ class Watch:
     def __init__(self, leaves: Leaves | None) -> None:
         self.needed = leaves is not None and leaves.why is None
         self.walked = {id(code) for outer in leaves.codes for code in within(outer)} if leaves and self.needed else set()
-        # the collector may run at any time; torch._VF is no module
+        # the collector runs at any time, and runs what is no part of the mod
+        self.collecting, self.thread = False, threading.get_ident()
+        # torch._VF is no module
         self.steady = {id(getattr(told, "__code__", None)) for told in gc.callbacks}
         self.steady.add(id(type(torch._VF).__getattr__.__code__))
         # flexref's own code, which asks PyTorch for what it has set
@@ -61,17 +64,26 @@ class Watch:
             before(frame, event, called)
 
         see = self.see()
+        gc.callbacks.insert(0, self.collector)
         sys.setprofile(both if callable(before) else see)
 
     def __exit__(self, *error: object) -> None:
         if self.resume is not None:
             self.resume()
+            gc.callbacks.remove(self.collector)
+
+    def collector(self, phase: str, info: dict) -> None:
+        """Told by the collector, in whichever thread it runs."""
+        if threading.get_ident() == self.thread:
+            self.collecting = phase == "start"
 
     def see(self) -> Callable[[Any, str, Any], None]:
         """What Python tells of each call, as a function of few steps, for there are hundreds."""
         known, tracer = self.steady | self.walked, self.tracer
 
         def see(frame: types.FrameType, event: str, called: Any) -> None:
+            if self.collecting:
+                return
             if event == "call":
                 code = frame.f_code
                 if id(code) not in known:
@@ -99,7 +111,7 @@ class Watch:
         while frame is not None and id(frame.f_code) not in self.walked:
             module = steady.own_module(frame.f_globals)
             package = steady.package_of(module)
-            if own and (steady.is_steady_module(module) or module in _OF_THE_COLLECTOR or _of_a_named_tuple(frame)):
+            if own and (steady.is_steady_code(module, frame.f_code) or module in _OF_THE_COLLECTOR or _of_a_named_tuple(frame)):
                 self.steady.add(id(frame.f_code))
                 if package == "flexref":
                     self.tracer.add(id(frame.f_code))
