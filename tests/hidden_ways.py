@@ -468,6 +468,40 @@ def a_dict_property(value):
     return (lambda: x.__dict__["kept"]), lambda v: state.__setitem__(0, v)
 
 
+def named(value: float) -> str:
+    return "Z" * int(value * COUNT)
+
+
+@way
+def the_name_of_a_function(value):
+    def helper():
+        return 0
+
+    helper.__qualname__ = named(value)
+    return (lambda: str(helper).count("Z") / COUNT), lambda v: setattr(helper, "__qualname__", named(v))
+
+
+@way
+def the_name_of_a_class(value):
+    Has = type(named(value), (), {})
+    x = Has()
+    return (lambda: torch.typename(x).count("Z") / COUNT), lambda v: setattr(Has, "__name__", named(v)) or setattr(
+        Has, "__qualname__", named(v)
+    )
+
+
+@way
+def an_attribute_of_a_static_method(value):
+    class Has:
+        @staticmethod
+        def get():
+            return 0
+
+    held = vars(Has)["get"]
+    held.kept = value
+    return (lambda: Has.__dict__["get"].kept), lambda v: setattr(held, "kept", v)
+
+
 @way
 def a_setter(value):
     class Has:

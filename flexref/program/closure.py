@@ -14,7 +14,7 @@ import struct
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
-from functools import cached_property, partial
+from functools import WRAPPER_ASSIGNMENTS, cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -42,6 +42,12 @@ def _first(items: Iterable) -> list:
     return list(islice(items, _MOST_OBJECTS + 1))
 
 
+def _added(x: Any) -> dict:
+    # attributes beside those that Python gives it
+    return {name: held for name, held in vars(x).items() if name not in _GIVEN}
+
+
+_GIVEN = frozenset((*WRAPPER_ASSIGNMENTS, "__wrapped__", "__annotate__", "func", "attrname", "lock"))
 # what each of these is made of, and nothing else
 _PARTS: dict[type, Callable[[Any], tuple]] = {
     slice: lambda x: (x.start, x.stop, x.step),
@@ -54,9 +60,9 @@ _PARTS: dict[type, Callable[[Any], tuple]] = {
     types.MethodType: lambda x: (x.__func__, x.__self__),
     partial: lambda x: (x.func, x.args, x.keywords, vars(x)),
     property: lambda x: (x.fget, x.fset, x.fdel),
-    staticmethod: lambda x: (x.__func__,),
-    classmethod: lambda x: (x.__func__,),
-    cached_property: lambda x: (x.func,),
+    staticmethod: lambda x: (x.__func__, _added(x)),
+    classmethod: lambda x: (x.__func__, _added(x)),
+    cached_property: lambda x: (x.func, _added(x)),
     operator.attrgetter: lambda x: x.__reduce__()[1],
     operator.itemgetter: lambda x: x.__reduce__()[1],
     operator.methodcaller: lambda x: _called_with(*x.__reduce__()),
@@ -185,7 +191,8 @@ class _Walk(ObjectState):
         return type(x), *[(self.visit(k, depth), self.visit(v, depth)) for k, v in x.items()]
 
     def function(self, fn: types.FunctionType, depth: int) -> tuple:
-        parts: list[Any] = [fn.__code__]
+        # its name is in its text
+        parts: list[Any] = [fn.__code__, fn.__qualname__]
         if not steady.is_steady_function(fn):
             self.leaves.codes.append(fn.__code__)
             parts += self.looked_up(fn, depth)

@@ -67,7 +67,7 @@ class ObjectState:
         self.classes[cls, as_value] = len(self.classes)
         if not steady.is_plain_metaclass(type(cls)):
             raise NotUnderstood(f"the class {cls.__name__} has the metaclass {type(cls).__name__}")
-        parts: list[Any] = [cls]
+        parts: list[Any] = [cls, cls.__name__, cls.__qualname__]
         for base in cls.__mro__:
             if base in steady.BUILTIN_BASES or base is enum.Enum:
                 continue

@@ -1,7 +1,8 @@
 """The second look at a mod: what ran while it was traced, beside what the walk over all that it reaches had seen before.
 
-Closure.py reads what code may do, and Python finds ways that nobody thought of. Of the code that does run Python tells a
-profiler. So a program is kept only if every function that ran was walked, or is steady, or was called by such a one.
+The walk (closure.py) reads what code may do, and Python calls code in more ways than that: type(self)(), a default factory, a
+text. What does run Python tells a profiler. So a program is kept only if every function that ran was walked, is steady, or was
+called by one that is steady.
 """
 
 from __future__ import annotations
