@@ -31,13 +31,13 @@ ROWS: dict[str, tuple[int, str, float, float | None]] = {
     "1,048,576 documents & window 4,096": (1 << 20, "documents and window", 1.0, 200.0),
     "1,048,576 causal": (1 << 20, "causal", 1.0, 200.0),
 }
-# the mask of each step of decoding: heads that differ, and the mask
-STEPS: dict[str, tuple[int, Callable]] = {
-    "BlockMask.rows of one query, 32,768 window 4,096": (1, lambda b, h, q, k: (q >= k) & (q - k < WINDOW)),
-    "BlockMask.rows of one query, 8 heads with windows of their own": (
-        8,
-        lambda b, h, q, k: (q >= k) & (q - k < WINDOW * (h + 1)),
-    ),
+# the mask of each step of decoding: heads that differ, the mask, and whether the start is a tensor
+_ONE = lambda b, h, q, k: (q >= k) & (q - k < WINDOW)  # noqa: E731
+_EACH = lambda b, h, q, k: (q >= k) & (q - k < WINDOW * (h + 1))  # noqa: E731
+STEPS: dict[str, tuple[int, Callable, bool]] = {
+    "BlockMask.rows of one query, 32,768 window 4,096": (1, _ONE, False),
+    "BlockMask.rows of one query, 8 heads with windows of their own": (8, _EACH, False),
+    "BlockMask.rows of one query, 8 heads with windows of their own, from a tensor": (8, _EACH, True),
 }
 
 
@@ -79,9 +79,9 @@ def _judge(mask, mod: Callable, length: int) -> None:
         q_idx, kv_idx = torch.arange(128)[:, None] + row * 128, torch.arange(length)
         allowed = mod(0, 0, q_idx, kv_idx).unflatten(1, (-1, 128))
         some, every = allowed.any((0, 2)), allowed.all(0).all(1)
-        for lists, wanted in ((mask.walk.csr[2:], every), (mask.walk.csr[:2], some & ~every)):
-            got = lists[1][lists[0][row] : lists[0][row + 1]].long()
-            assert torch.equal(got, wanted.nonzero()[:, 0]), f"row {row} lists other blocks than the mask has"
+        listed = mask[:, :, row].csr
+        for got, wanted in ((listed.full_indices, every), (listed.indices, some & ~every)):
+            assert torch.equal(got.long(), wanted.nonzero()[:, 0]), f"row {row} lists other blocks than the mask has"
 
 
 def masks(bench: Bench) -> None:
@@ -103,12 +103,13 @@ def masks(bench: Bench) -> None:
 
 def _decoding(bench: Bench) -> None:
     """One row of a mask for 32,768 tokens, as each step takes it."""
-    for name, (heads, mod) in STEPS.items():
+    for name, (heads, mod, by_tensor) in STEPS.items():
         mask = create_block_mask(mod, 1, heads, 32768, 32768, "cpu")
+        starts = [torch.tensor(at) if by_tensor else at for at in range(20000, 20200)]
 
-        def many(mask=mask) -> None:
-            for at in range(20000, 20200):
-                mask.rows(at, at + 1)
+        def many(mask=mask, starts=starts) -> None:
+            for start in starts:
+                mask.rows(start, length=1)
 
         took = Timing.of([5e3 * s for s in interleaved({"ours": many}, bench.rounds, 5.0)["ours"]])
         bench.target(name, took.median, spread=took)

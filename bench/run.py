@@ -24,6 +24,7 @@ import flexref
 from bench.cases import TARGETS, Variant, variants
 from bench.check import Inputs, block_mask, complaint
 from bench.clock import Timing, geometric_mean, interleaved, ratio
+from bench.documents import documents
 from bench.fresh import in_new_process
 from bench.masks import masks
 
@@ -271,6 +272,7 @@ SECTIONS = {
     "memory": memory,
     "threads": threads,
     "masks": masks,
+    "documents": documents,
 }
 
 

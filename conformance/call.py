@@ -17,7 +17,8 @@ class Call:
 
     `make_score(captured)` makes the score_mod over those tensors, so that it can also be made over float64 copies.
     `blocks`: None, or (listed, full) as reference.einsum takes them. `wanted`: inputs and captured names that get
-    a gradient, of sum(out * grad_out) + sum(lse * grad_lse); None leaves that term out.
+    a gradient, of sum(out * grad_out) + sum(lse * grad_lse); None leaves that term out. `sinks`: so many of the last keys
+    are none (sunk.py): nobody looks at their gradients.
     """
 
     query: Tensor
@@ -31,6 +32,7 @@ class Call:
     wanted: tuple[str, ...] = ()
     grad_out: Tensor | None = None
     grad_lse: Tensor | None = None
+    sinks: int = 0
 
     def to(self, dtype: torch.dtype) -> Call:
         """Copies in `dtype` of everything that is a float."""

@@ -18,6 +18,7 @@ from flexref.blocks.mask import BlockMask, create_block_mask
 from flexref.conformance.call import INPUTS, Call
 from flexref.conformance.layouts import LAYOUTS, VALUES
 from flexref.conformance.mods import CAPTURES, FLOATS, make_mod, names_in
+from flexref.conformance.sunk import with_sinks
 from flexref.reference import ACC_DTYPE
 
 # of blocks smaller than any tile, each of which is a tile to an engine
@@ -38,6 +39,7 @@ class Case:
     """`layouts`, of query, key and value, are names in layouts.LAYOUTS; `values` is a name in VALUES.
 
     `wants`: of "query", "key", "value", "captured", what gets a gradient; `loss`: "out", "lse" or "both".
+    `sinks`: so many a head, which get a gradient as what is captured does.
     """
 
     q_len: int = 16
@@ -53,6 +55,7 @@ class Case:
     mask: str | None = None
     blocks: Blocks | None = None
     scale: float | None = None
+    sinks: int = 0
     captured_dtype: str = "float32"
     layouts: tuple[str, ...] = ("plain", "plain", "plain")
     values: str = "normal"
@@ -131,8 +134,7 @@ def build(case: Case, device: str = "cpu") -> Built:
     held = {
         name: t.to(device, copy=True).requires_grad_(name in call.wanted) for name, t in call.captured.items()
     }
-    mask_mod = _make(case.mask, "mask")
-    mask_mod = mask_mod and mask_mod(held)
+    mask_mod = _made(case.mask, "mask", held)
     masked = (
         dict(mask_mod=mask_mod)
         if case.blocks is None
@@ -141,7 +143,8 @@ def build(case: Case, device: str = "cpu") -> Built:
     arguments = dict(
         at,
         **masked,
-        score_mod=call.make_score and call.make_score(held),
+        score_mod=_made(case.score, "score", held),
+        sink=held.get("sink"),
         scale=case.scale,
         enable_gqa=case.group > 1,
         need_max_scores=case.max_scores,
@@ -157,21 +160,33 @@ def _call(case: Case) -> Call:
     wanted = tuple(name for name in INPUTS if name in case.wants)
     if "captured" in case.wants:
         wanted += tuple(name for name in read if name in FLOATS)
-    mask_mod, shape = _make(case.mask, "mask"), (case.batch, case.heads, case.q_len)
+    shape = case.batch, case.heads, case.q_len
     grad_out = _noise(case, "grad_out", (*shape, case.value_dim)).to(getattr(torch, case.dtype))
     grad_lse = _noise(case, "grad_lse", shape).to(ACC_DTYPE[grad_out.dtype])
     by_hand = case.blocks is not None and case.blocks.by_hand
-    return Call(
-        **_inputs(case, "cpu"),
+    inputs = _inputs(case, "cpu")
+    call = Call(
+        query=inputs["query"],
+        key=inputs["key"],
+        value=inputs["value"],
         scale=case.scale,
         make_score=_make(case.score, "score"),
-        mask_mod=mask_mod and mask_mod(captured),
+        mask_mod=_made(case.mask, "mask", captured),
         captured=captured,
         blocks=_positions(case) if by_hand else None,
         wanted=wanted,
         grad_out=None if case.loss == "lse" else grad_out,
         grad_lse=None if case.loss == "out" else grad_lse,
     )
+    if not case.sinks:
+        return call
+    sink = _noise(case, "sink", (case.heads, case.sinks)).to(grad_out.dtype)
+    return with_sinks(replace(call, wanted=wanted + ("sink",) * ("captured" in case.wants)), sink)
+
+
+def _made(text: str | None, kind: str, captured: dict[str, Tensor]):
+    make = _make(text, kind)
+    return make and make(captured)
 
 
 def _make(text: str | None, kind: str):

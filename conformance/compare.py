@@ -94,7 +94,12 @@ def expectations(call: Call) -> dict[str, Expectation]:
     plain, _ = evaluate(call)
     assert positions is not None
     bands = rounding_band(call, positions)
-    return {name: _expectation(name, exact[name], plain[name], bands[name]) for name in exact}
+    return {name: _expectation(name, *(_of_keys(call, name, x[name]) for x in (exact, plain, bands))) for name in exact}
+
+
+def _of_keys(call: Call, name: str, x: Tensor) -> Tensor:
+    """Without what belongs to keys that are sinks."""
+    return x[:, :, : x.shape[2] - call.sinks] if name in ("grad key", "grad value") else x
 
 
 def _expectation(name: str, exact: Tensor, plain: Tensor, band: Tensor) -> Expectation:

@@ -161,6 +161,7 @@ def cases(draw, gradients: bool = False, blocks: bool | None = None) -> Case:
         blocks=drawn,
         score=score,
         scale=draw(st.sampled_from((None, None, 1.0, 0.3, -0.5))),
+        sinks=draw(st.sampled_from((0, 0, 0, 1, 3))),
         captured_dtype=draw(st.sampled_from(("float32", "float32", dtype, "float64"))),
         layouts=tuple(draw(st.sampled_from(("plain", *LAYOUTS))) for _ in range(3)),
         values=values,

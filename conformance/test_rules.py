@@ -1,4 +1,4 @@
-"""One test for each rule of meaning, R1 to R15 (docs/semantics.md): the smallest problems that tell it apart."""
+"""One test for each rule of meaning, R1 to R16 (docs/semantics.md): the smallest problems that tell it apart."""
 
 from __future__ import annotations
 
@@ -200,3 +200,15 @@ def test_r15_same_call_same_bits(backend: Backend):
         backend, shape.but(score="score * gain + slope[h] * (kv_idx - q_idx) + rel[q_idx - kv_idx]")
     )
     check_same_bits(backend, shape.but(dtype="bfloat16", mask=CAUSAL, blocks=Blocks((16, 16))))
+
+
+def test_r16_a_sink_takes_weight_and_gives_no_value(backend: Backend):
+    shape = Case(q_len=20, kv_len=33, batch=2, kv_heads=2, group=2, max_scores=True, wants=ALL)
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        check_case(backend, shape.but(sinks=1, dtype=dtype, score="score + slope[h]"))
+    # rows with no allowed key, lse alone, scores that dwarf the sink, and a sink that dwarfs them
+    check_case(backend, shape.but(sinks=3, mask="kv_idx < q_idx - 3", score="score * gain"))
+    check_case(backend, shape.but(sinks=2, mask="kv_idx < q_idx - 3", loss="lse"))
+    for score in ("score + 300.0", "score - 300.0"):
+        check_case(backend, shape.but(sinks=1, score=score))
+    check_case(backend, shape.but(sinks=4, blocks=Blocks((16, 16), heads=True, by_hand=True), mask="(q_idx + kv_idx) % 3 != 0"))

@@ -16,6 +16,7 @@ from flexref.backend import find_backends, said
 from flexref.blocks.mask import BlockMask
 from flexref.dispatch.choose import Choice, choose, refusal
 from flexref.dispatch.explanation import Explanation, explained
+from flexref.dispatch.jagged import is_jagged, packed_call
 from flexref.dispatch.options import checked_options, wanted_backend
 from flexref.problem import Problem, Tensors
 from flexref.recent import Recent
@@ -53,6 +54,7 @@ def flex_attention(
     *,
     return_aux: None = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Tensor: ...
@@ -71,6 +73,7 @@ def flex_attention(
     kernel_options: Mapping[str, Any] | None = None,
     return_aux: None = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
@@ -89,6 +92,7 @@ def flex_attention(
     *,
     return_aux: AuxRequest,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> tuple[Tensor, AuxOutput]: ...
@@ -107,6 +111,7 @@ def flex_attention(
     *,
     return_aux: AuxRequest | None = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]: ...
@@ -125,6 +130,7 @@ def flex_attention(
     *,
     return_aux: AuxRequest | Any = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Any:
@@ -132,13 +138,16 @@ def flex_attention(
 
     Shapes: query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev); float16, bfloat16, float32 or
     float64, any strides; arrays of CuPy, Numba and NumPy are taken as tensors on the same memory. The result is
-    (B, Hq, L, Ev) in query's dtype; `docs/semantics.md` says what each element is.
+    (B, Hq, L, Ev) in query's dtype; `docs/semantics.md` says what each element is. Jagged nested tensors (B, H, S*, E)
+    give jagged ones: each sequence attends to itself, the mods see its number as b and its own positions, and block_mask
+    is one of create_nested_block_mask.
 
     Args:
         query, key, value: see above.
         score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score.
         block_mask: a BlockMask of flexref or of torch; or `mask_mod`.
         mask_mod: mask_mod(b, h, q_idx, kv_idx) -> bool, whose BlockMask is kept until what it reads changes.
+        sink: (Hq,) or (Hq, n), one or n logits a head that take weight and give no value, with a gradient.
         scale: the factor of the scores, 1/sqrt(E) by default.
         enable_gqa: allow fewer key and value heads than query heads.
         return_lse: also return the natural log-sum-exp (B, Hq, L).
@@ -158,15 +167,18 @@ def flex_attention(
     if return_lse and return_aux is not None:
         raise ValueError("return_lse and return_aux are both given; use return_aux=AuxRequest(lse=True) alone.")
     lse, max_scores = _wanted_aux(return_aux)
-    settings = scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
-    problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
+    settings = scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic, max_scores
+    packed = packed_call(query, key, value, score_mod, block_mask, mask_mod) if is_jagged(query, key, value) else None
+    problem, tensors, wanted = _prepared(packed, query, key, value, score_mod, block_mask, *settings)
     name = _choice(problem, wanted).name
     if name is None:
         raise refusal(problem, _choice(problem, wanted))
     output = attend(find_backends()[name], problem, tensors)
+    as_given = (lambda x: x) if packed is None else packed.jagged
     if return_aux is not None:
-        return output.out, AuxOutput(output.lse if lse else None, output.max_scores if max_scores else None)
-    return (output.out, output.lse) if return_lse else output.out
+        aux = output.lse if lse else None, output.max_scores if max_scores else None
+        return as_given(output.out), AuxOutput(*map(as_given, aux))
+    return (as_given(output.out), as_given(output.lse)) if return_lse else as_given(output.out)
 
 
 @uncompiled
@@ -183,6 +195,7 @@ def explain(
     *,
     return_aux: AuxRequest | Any = None,
     mask_mod: Callable | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Explanation:
@@ -191,8 +204,9 @@ def explain(
     It names the engine, every other one's reasons, and whether each mod is kept. Raises what it would, but Unsupported.
     """
     _, max_scores = _wanted_aux(return_aux)
-    settings = scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
-    problem, tensors, wanted = _prepared(query, key, value, score_mod, block_mask, *settings)
+    settings = scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic, max_scores
+    packed = packed_call(query, key, value, score_mod, block_mask, mask_mod) if is_jagged(query, key, value) else None
+    problem, tensors, wanted = _prepared(packed, query, key, value, score_mod, block_mask, *settings)
     return explained(problem, tensors, _choice(problem, wanted), kernel_options)
 
 
@@ -205,14 +219,18 @@ def _wanted_aux(request) -> tuple[bool, bool]:
 
 
 def _prepared(
-    query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options, mask_mod, backend, deterministic, max_scores
+    packed, query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options,
+    mask_mod, sink, backend, deterministic, max_scores,
 ) -> tuple[Problem, Tensors, str]:
+    if packed is not None:
+        query, key, value, score_mod, mask_mod, _ = packed
     wanted = wanted_backend(backend, kernel_options, os.environ)
     options = checked_options(kernel_options, find_backends()) if kernel_options else None
     query, key, value = shared_tensors(query, key, value)
     device = query.device.type if isinstance(query, Tensor) else "cpu"
     arguments = {
         "mask_mod": mask_mod,
+        "sink": sink,
         "deterministic": deterministic,
         "need_max_scores": max_scores,
         "options": options,

@@ -35,9 +35,23 @@ def explained(problem: Problem, tensors: Tensors, choice: Choice, options: Mappi
     notes += ignored(options or {}, choice.name, getattr(chosen, "options", {}))
     if tensors.found and choice.name != "reference":
         notes.append(_sparse(problem, tensors))
+    if tensors.sink is not None:
+        notes.append(f"{tensors.sink.shape[1]} sinks a head are added to out and lse, whatever the engine")
+    if tensors.block_mask is not None and chosen is not None:
+        notes.append(_lists(tensors.block_mask, choice.name, getattr(chosen, "lists", "blocks")))
     given = (("score_mod", tensors.score_mod, "score"), ("mask_mod", tensors.mask_mod, "mask"))
     mods = tuple((name, traced_mod(mod, kind, problem.acc_dtype).why) for name, mod, kind in given if mod is not None)
     return Explanation(problem, choice, probe(), tuple(notes), mods)
+
+
+def _lists(mask: Any, engine: str | None, read: str) -> str:
+    """In which form the engine is given the lists of the block mask."""
+    lists = mask.walk.lists
+    runs, full, partial = len(lists.full_counts), int(lists.full_counts.sum()), len(lists.indices)
+    told = f"the block mask lists {partial:,} partial blocks, and {full:,} full ones as {runs:,} runs"
+    if read == "none":
+        return f"{told}; {engine} makes a dense mask of them"
+    return f"{told}; {engine} {'reads runs' if read == 'runs' else 'is handed each block by itself'}"
 
 
 def _sparse(problem: Problem, tensors: Tensors) -> str:

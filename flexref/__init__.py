@@ -1,4 +1,7 @@
 """FlexAttention with its meaning written down, and more than one engine to run it."""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from flexref import variants  # its masks load with torch.load(weights_only=True) as soon as flexref is imported
 from flexref.blocks.mask import (
     BlockMask,
@@ -10,7 +13,7 @@ from flexref.blocks.mask import (
 )
 from flexref.blocks.nested import create_nested_block_mask
 from flexref.blocks.operators import concat_masks
-from flexref.dispatch import AuxOutput, AuxRequest, explain, flex_attention
+from flexref.dispatch import AuxOutput, AuxRequest, explain, flex_attention, varlen_attention
 from flexref.errors import FlexrefError, TraceError, Unsupported
 from flexref.torch_names import (
     _DEFAULT_SPARSE_BLOCK_SIZE as _DEFAULT_SPARSE_BLOCK_SIZE,
@@ -25,6 +28,9 @@ from flexref.torch_names import (
 from flexref.torch_names import (
     _score_mod_signature as _score_mod_signature,
 )
+
+if TYPE_CHECKING:
+    from flexref import visualize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,8 +51,12 @@ __all__ = [
     "noop_mask",
     "or_masks",
     "variants",
+    "varlen_attention",
+    "visualize",
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    if name == "visualize":
+        return import_module("flexref.visualize")
     unknown(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexref.argument_shapes import check_shapes, checked_scale, turned_lengths
 from flexref.arrays import shared_tensors
 from flexref.blocks.found import Found, find_mask, question
-from flexref.blocks.mask import BlockMask, create_block_mask, noop_mask
+from flexref.blocks.mask import BlockMask, mask_of_call, noop_mask
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.compiled import original
@@ -20,6 +20,7 @@ from flexref.program.ir import differentiable_loads
 from flexref.program.mods import Mod, shifted, traced_mod
 from flexref.program.recipes import Made, roots_of
 from flexref.recent import Recent
+from flexref.sinks import checked_sink
 from flexref.tensor_gate import check_memory, check_surroundings
 
 _masks = Recent(32)
@@ -39,6 +40,7 @@ def prepare(
     deterministic: bool = False,
     need_max_scores: bool = False,
     options: dict[str, object] | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Problem, Tensors]:
     """Check query (B, Hq, L, E), key (B or 1, Hkv, S, E), value (B or 1, Hkv, S, Ev) and the mods; trace the mods.
 
@@ -87,7 +89,8 @@ def prepare(
         options=tuple(sorted(options.items())) if options else (),
     )
     held = captured, scalars, score_mod, mask_mod, roots
-    return problem, Tensors(query, key, value, scale, run.blocks, *held, found=found)
+    sinks = None if sink is None else checked_sink(sink, query)
+    return problem, Tensors(query, key, value, scale, run.blocks, *held, found=found, sink=sinks)
 
 
 def _sizes(score: Mod | None) -> tuple[int, int]:
@@ -181,7 +184,7 @@ def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dty
         query.shape[2],
         key.shape[2],
     )
-    return _kept(mask, mask.roots, sizes, query.device, lambda: create_block_mask(mask_mod, *sizes, device=query.device)), mask
+    return _kept(mask, mask.roots, sizes, query.device, lambda: mask_of_call(mask_mod, sizes, query.device, acc_dtype)), mask
 
 
 def _programs(

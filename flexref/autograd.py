@@ -6,12 +6,15 @@ from dataclasses import replace
 from itertools import zip_longest
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from flexref.backend import Backend
 from flexref.errors import Unsupported
+from flexref.first_derivatives import no_further
 from flexref.problem import Output, Problem, Tensors
 from flexref.recent import Recent
+from flexref.sinks import with_sink
 
 _accepted = Recent(4096)
 
@@ -31,17 +34,20 @@ def attend(backend: Backend, problem: Problem, tensors: Tensors) -> Output:
         )
     inputs = (tensors.query, tensors.key, tensors.value, *tensors.captured, *tensors.roots)
     if forward_ad._current_level >= 0:
-        _refuse_tangents(problem, inputs)
-    if not problem.needs_backward:
+        _refuse_tangents(problem, inputs, tensors.sink)
+    if problem.needs_backward:
+        output = Output(*_Attend.apply(backend, problem, tensors, *inputs))
+    else:
         with torch.no_grad():
-            return backend.forward(problem, tensors)
-    return Output(*_Attend.apply(backend, problem, tensors, *inputs))
+            output = backend.forward(problem, tensors)
+    return output if tensors.sink is None else with_sink(output, tensors.sink)
 
 
-def _refuse_tangents(problem: Problem, inputs: tuple) -> None:
+def _refuse_tangents(problem: Problem, inputs: tuple, sink: Tensor | None) -> None:
     """Raise NotImplementedError for an input with a forward-mode tangent, which would be dropped (R19)."""
     captured = [f"the captured tensor {capture.name}" for capture in problem.captures]
-    for x, name in zip_longest(inputs, ("query", "key", "value", *captured), fillvalue="a captured tensor"):
+    named = [*zip_longest(inputs, ("query", "key", "value", *captured), fillvalue="a captured tensor")]
+    for x, name in named if sink is None else [*named, (sink, "sink")]:
         if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[arg-type]
             raise NotImplementedError(
                 f"{name} has a tangent, but flexref.flex_attention has no forward-mode derivative; use backward() or "
@@ -69,7 +75,7 @@ class _Attend(torch.autograd.Function):
             gradients = _gradients(ctx, grad_out, grad_lse)
         if torch.is_grad_enabled():
             # a graph of the gradients was asked for, and there is none (R19)
-            gradients = _no_further(gradients, (*ctx.saved_tensors, grad_out, grad_lse))
+            gradients = no_further(gradients, (*ctx.saved_tensors, grad_out, grad_lse))
         return None, None, None, *gradients
 
 
@@ -91,26 +97,3 @@ def _gradients(ctx, grad_out, grad_lse) -> list:
     d_value = gradients.value.zero_() if lse_alone and gradients.value is not None else gradients.value
     roots = gradients.roots or (None,) * len(rest.roots)
     return [gradients.query, gradients.key, d_value, *gradients.captured, *roots]
-
-
-def _no_further(gradients: list, made_of: tuple) -> list:
-    """The gradients as results of what they were made of, by something whose own derivative raises."""
-    found = [x for x in gradients if x is not None]
-    sources = [x for x in made_of if x is not None and x.requires_grad]
-    if not found:
-        return gradients
-    results = iter(_NotTwice.apply(len(found), *found, *sources))
-    return [None if x is None else next(results) for x in gradients]
-
-
-class _NotTwice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, count: int, *tensors):  # type: ignore[override]
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *_):  # type: ignore[override]
-        raise NotImplementedError(
-            "flexref.flex_attention is differentiated twice, and it has first derivatives only; leave out create_graph=True, "
-            "or write the part that needs second derivatives with plain PyTorch operations."
-        )

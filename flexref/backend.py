@@ -29,7 +29,8 @@ class Backend(Protocol):
     A backend of a device that is often absent may also have `emulated() -> Backend`: the very same kernels run on CPU
     tensors, slowly. Only the conformance suite asks for it, where `unavailable()` has reasons. What it returns has two
     attributes more: `how`, one word for the matrix, and `reach`, the longest length worth running, or None.
-    And `notes(problem) -> list[str]`: what `explain` adds of how the backend would run a problem.
+    And `notes(problem) -> list[str]`: what `explain` adds of how the backend would run a problem. And `lists`, what it reads of
+    a block mask: "runs" for `BlockMask.walk.runs`, "blocks" for `csr` and `csc` (so without it), "none" for a dense mask.
     """
 
     name: str

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexref.problem import Problem, Tensors
 from flexref.program.interval import Interval, interval
-from flexref.program.intervals import evaluate_intervals
+from flexref.program.intervals import WIDEST, evaluate_intervals
 from flexref.program.ir import Graph, Node
 from flexref.program.proofs import all_safe, safe_reads
 from flexref.recent import Recent
@@ -74,7 +74,7 @@ def _in_range(graph: Graph, problem: Problem, bounds: tuple[tuple[float, float],
         buffer = int(node.attr)  # type: ignore[arg-type]
         for index, size in zip(indices, problem.captures[buffer].shape, strict=True):
             sound &= float(index.low) >= -size and float(index.high) < size
-        return interval(*bounds[buffer])
+        return WIDEST[node.type] if node.type == "float" else interval(*bounds[buffer])
 
     evaluate_intervals(graph, inputs, load, scalars)
     return sound

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
-from types import CodeType
+from itertools import pairwise
+from types import CodeType, FrameType
 
 
 def of_a_signal(error: BaseException | None) -> bool:
@@ -12,11 +14,21 @@ def of_a_signal(error: BaseException | None) -> bool:
     while error is not None:
         trace = error.__traceback__
         while trace is not None:
-            if trace.tb_frame.f_code in handlers:
+            if trace.tb_frame.f_code in handlers or _handles(trace.tb_frame):
                 return True
             trace = trace.tb_next
         error = error.__cause__
     return False
+
+
+def _handles(frame: FrameType) -> bool:
+    """Whether a frame's function was given a signal and the frame that it interrupted, as only a handler is: one may have
+    uninstalled itself."""
+    code = frame.f_code
+    named = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+    rest = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :][:1] if code.co_flags & inspect.CO_VARARGS else ()
+    given = [*named, *(x for name in rest for x in frame.f_locals.get(name, ()))]
+    return any(isinstance(number, int) and isinstance(at, FrameType) for number, at in pairwise(given))
 
 
 def _handlers() -> set[CodeType]:

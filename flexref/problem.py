@@ -96,6 +96,7 @@ class Tensors:
     `found`: that block_mask was found in score_mod by its program, for engines to be quicker by; it means nothing more.
     `roots`: tensors that a captured one is computed from in the mod; the reference, which calls the mod itself,
     differentiates by them.
+    `sink`: (Hq, n) logits beside the keys, which no engine sees: they are added above all of them (sinks.py).
     """
 
     query: torch.Tensor
@@ -109,6 +110,7 @@ class Tensors:
     mask_mod: Callable | None = None
     roots: tuple[torch.Tensor, ...] = ()
     found: bool = False
+    sink: torch.Tensor | None = None
 
 
 @dataclass

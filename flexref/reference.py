@@ -46,11 +46,13 @@ def loops(
     *,
     scale: float | None = None,
     blocks: tuple[Tensor, Tensor] | None = None,
+    sink: Tensor | None = None,
     index: Callable = int,
 ) -> Result:
     """The definition. The mods get Python integers, so `print`, `if` and `breakpoint()` work inside them.
 
     `blocks`: two bool tensors that broadcast to (B, Hq, L, S): positions listed, and positions listed full.
+    `sink`: (Hq,) or (Hq, n), the scores of keys that every query of the head may attend to and whose value is 0 (R16).
     `index`: makes b, h, q_idx, kv_idx; give `torch.tensor` for a mod that calls torch functions on them.
     """
     query, key, value, scale, out_dtype = _prepare(query, key, value, scale)
@@ -63,7 +65,8 @@ def loops(
     for b in range(B):
         for h in range(H):
             for q_idx in range(L):
-                scores, values = [], []
+                scores = [] if sink is None else [x for x in _by_head(sink, query)[h] if x != -INF]
+                values = [value.new_zeros(value.shape[3]) for _ in scores]
                 for kv_idx in range(S):
                     at = index(b), index(h), index(q_idx), index(kv_idx)
                     if not listed[b, h, q_idx, kv_idx]:
@@ -104,8 +107,9 @@ def einsum(
     *,
     scale: float | None = None,
     blocks: tuple[Tensor, Tensor] | None = None,
+    sink: Tensor | None = None,
 ) -> Result:
-    """The same with whole tensors: differentiable by query, key, value and all that score_mod reads.
+    """The same with whole tensors: differentiable by query, key, value, sink and all that score_mod reads.
 
     A mod is asked about all positions that concern it together, by torch.vmap, and sees one of them: mask_mod those
     listed and not listed full, score_mod those allowed. Neither ever sees another position.
@@ -120,10 +124,14 @@ def einsum(
         allowed = allowed.masked_scatter(allowed, score != -INF)
         score = _scores(query, key, score_mod, scale, allowed)
 
-    row_max = _row_max(score.detach(), allowed)
+    # one of -inf, which takes no weight, beside those that there are
+    sinks = torch.cat([query.new_full((shape[1], 1), -INF), *([] if sink is None else [_by_head(sink, query)])], 1)
+    row_max = torch.maximum(_row_max(score.detach(), allowed), _nan_if_infinite(sinks.detach().amax(1))[:, None])
     b, h, q_idx, _ = allowed.nonzero(as_tuple=True)
     weight = query.new_zeros(shape).masked_scatter(allowed, torch.exp(score - row_max[b, h, q_idx]))
-    row_sum = torch.where(row_max == -INF, 1.0, weight.sum(-1))
+    nothing = row_max == -INF
+    sunk = torch.exp(sinks[:, None] - row_max.masked_fill(nothing, 0.0)[..., None]).sum(-1)
+    row_sum = torch.where(nothing, 1.0, weight.sum(-1) + sunk)
     if _finite(value, score):
         out = torch.einsum("bhls,bhse->bhle", weight, value)
     else:
@@ -141,6 +149,11 @@ def _scores(query: Tensor, key: Tensor, score_mod: Callable | None, scale: float
     if score_mod is None:
         return score
     return _ask(score_mod, score.dtype, allowed, score).to(score.dtype)
+
+
+def _by_head(sink: Tensor, query: Tensor) -> Tensor:
+    """The sinks (Hq, n), in the accumulation type."""
+    return (sink[:, None] if sink.dim() == 1 else sink).to(query.dtype)
 
 
 def _as_seen(rows: Tensor, allowed: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ _REMEDIES = {
     "AsyncCollectiveTensor": "its communication may be under way; pass x.wait()",
     "FakeTensor": "it has a shape and no numbers; call with real tensors",
     "FunctionalTensor": "it only records what happens to it; call outside of what is being functionalised",
-    "NestedTensor": "pad it with torch.nested.to_padded_tensor, and mask the padding with a mask_mod",
+    "NestedTensor": "pad it with torch.nested.to_padded_tensor; query, key and value may be nested, all with layout=torch.jagged",
     "UninitializedParameter": "its lazy module has not run yet; run it once",
     "UninitializedBuffer": "its lazy module has not run yet; run it once",
 }

@@ -25,7 +25,7 @@ import flexref
 from flexref.arguments import prepare
 from flexref.autograd import attend
 from flexref.blocks.lists import Lists
-from flexref.blocks.state import Walk
+from flexref.blocks.walk import Walk
 from flexref.variants import masks
 
 PAGE = mmap.PAGESIZE
@@ -85,10 +85,16 @@ def placed_array(x: np.ndarray, at_end: bool) -> Any:
 def block_mask(kind: str, heads: int, q_len: int, kv_len: int, at_end: bool):
     if kind == "none":
         return None
+    if kind == "step":
+        whole = flexref.create_block_mask(masks.causal, 1, 1, q_len + 3, kv_len, "cpu", (16, 24))
+        mask = whole.rows(torch.tensor(2), length=q_len)
+        # whose offsets point into the lists of all steps
+        vars(mask)["_walk"] = Walk(mask.grid, Lists(*(placed(x, at_end) for x in mask.walk.runs)))
+        return mask
     ids = placed(torch.arange(max(q_len, kv_len)) // 5, at_end)
     mod = {"causal": masks.causal, "document": masks.document(ids)}[kind]
     mask = flexref.create_block_mask(mod, 1, heads if kind == "document" else 1, q_len, kv_len, "cpu", (16, 24))
-    walk = Walk(mask.grid, Lists(*(placed(x, at_end) for x in mask.walk.csr)))
+    walk = Walk(mask.grid, Lists(*(placed(x, at_end) for x in mask.walk.runs)))
     vars(mask)["_walk"] = walk
     return mask
 
@@ -172,7 +178,7 @@ def cases(name: str) -> Iterator[tuple]:
     """dtype, sizes, strides, block mask, captured, options."""
     emulated = name != "numba_cpu"
     for i, (dtype, sizes) in enumerate(itertools.product(DTYPES[:1] if emulated else DTYPES, SIZES[1:2] if emulated else SIZES)):
-        for j, kind in enumerate(("document",) if emulated else ("none", "causal", "document")):
+        for j, kind in enumerate(("document",) if emulated else ("none", "causal", "document", "step")):
             options = {} if emulated or i % 2 else {"threads": 3, "q_tile": 16, "kv_tile": 5}
             yield dtype, sizes, list(STRIDES)[(i + j) % len(STRIDES)], kind, ("bias", "none")[(i + j) % 2], options
 

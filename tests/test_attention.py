@@ -47,7 +47,7 @@ def test_the_signature_begins_with_torchs():
         p.name for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD
     ]
     assert all(shared[p.name].default == p.default and shared[p.name].kind == p.kind for p in theirs)
-    assert {p.name for p in ours} - {p.name for p in theirs} == {"mask_mod", "backend", "deterministic"}
+    assert {p.name for p in ours} - {p.name for p in theirs} == {"mask_mod", "sink", "backend", "deterministic"}
     assert list(inspect.signature(explain).parameters) == [p.name for p in ours]
 
 
@@ -104,7 +104,8 @@ def test_a_bare_mask_mods_block_mask_is_built_once_and_again_when_what_it_reads_
     from flexref import arguments
 
     builds = []
-    monkeypatch.setattr(arguments, "create_block_mask", lambda *a, **k: builds.append(1) or create_block_mask(*a, **k))
+    make = arguments.mask_of_call
+    monkeypatch.setattr(arguments, "mask_of_call", lambda *a: builds.append(1) or make(*a))
     documents = torch.zeros(40, dtype=torch.long)
     query, key, value = qkv(length=40, kv_len=40)
     same_document = lambda b, h, q_idx, kv_idx: documents[q_idx] == documents[kv_idx]  # noqa: E731

@@ -330,7 +330,7 @@ def test_malformed_lists_are_refused(what):
 
 def test_validate_finds_what_was_done_to_a_mask():
     mask = create_block_mask(causal, None, None, 8, 8, "cpu", 4)
-    mask.walk.csr.full_indices[0] = 1
+    mask.walk.runs.full_starts[0] = 1
     with pytest.raises(ValueError, match=r"\(b=0, h=0\) row 1, column 1 is listed both"):
         mask.validate()
     with pytest.raises(ValueError, match='level must be "structure" or "semantic"'):
@@ -553,7 +553,7 @@ def test_to_another_device_takes_along_what_the_mod_holds():
 
     mask = create_block_mask(and_masks(closure, masks.document(ids), causal), None, None, 20, 20, "cpu", 4)
     moved = mask.to("meta")
-    assert moved.device.type == "meta" and all(x.device.type == "meta" for x in moved.csr)
+    assert moved.device.type == "meta" and all(x.device.type == "meta" for x in moved.runs)
     held = moved.mask_mod.mods  # type: ignore[attr-defined]
     assert held[0].__closure__[0].cell_contents.is_meta and held[1].ids.is_meta and held[2] is causal
     assert ids.device.type == "cpu" and mask.to("cpu").mask_mod.mods[0] is closure  # type: ignore[attr-defined]

@@ -46,7 +46,7 @@ SET = {
     "device": ("cuda", r"mask\.to\(device\)"),
     "separate_full_blocks": (False, LISTS),
     "note": ("mine", "keep what belongs to it beside it"),
-    **dict.fromkeys(("csr", "csc", "walk", "kv_indices", "kv_num_blocks", "full_kv_indices", "q_indices"), (None, LISTS)),
+    **dict.fromkeys(("runs", "csr", "csc", "walk", "kv_indices", "kv_num_blocks", "full_kv_indices", "q_indices"), (None, LISTS)),
 }
 
 
@@ -76,7 +76,8 @@ def test_nothing_of_a_block_mask_can_be_set(name):
 def test_what_is_written_into_a_copy_is_refused_at_the_next_call():
     query, key, value = inputs()
     want = flex_attention(query, key, value, block_mask=causal_mask())
-    for name in ("kv_indices", "full_kv_num_blocks", "q_indices", "csr.indices", "csr.full_offsets", "csc.indices"):
+    lists = "csr.indices", "csr.full_offsets", "csc.indices", "runs.full_starts"
+    for name in ("kv_indices", "full_kv_num_blocks", "q_indices", *lists):
         mask = causal_mask()
         copied = operator.attrgetter(name)(mask)
         assert torch.equal(flex_attention(query, key, value, block_mask=mask), want)
@@ -107,7 +108,7 @@ def test_no_engine_reads_what_a_version_counter_does_not_see(how):
     spec = pytree.tree_structure(made)
     rebuilt = pytree.tree_unflatten([x.clone() for x in leaves], spec)
     rebuilt.check_lists()
-    for x in (*made.csr, *made.csc, *lists, *state[1][2], *made.as_tuple()[2:10], *pytree.tree_leaves(rebuilt)):
+    for x in (*made.runs, *made.csr, *made.csc, *lists, *state[1][2], *made.as_tuple()[2:10], *pytree.tree_leaves(rebuilt)):
         if isinstance(x, Tensor):
             UNSEEN[how](x)
     for mask in (made, taken, again, rebuilt):
@@ -118,7 +119,13 @@ def test_no_engine_reads_what_a_version_counter_does_not_see(how):
 
 def damaged(**changes: Any) -> list:
     """The leaves of causal_mask() with other lists."""
-    return list(causal_mask().csr._replace(**changes))
+    return list(causal_mask().runs._replace(**changes))
+
+
+def runs(ends: list[int], starts: list[int], counts: list[int]) -> dict[str, Tensor]:
+    """Other full lists, of rows 1 to 3: how many runs there are up to the end of each row, and the runs."""
+    starts_and_counts = (torch.tensor(x, dtype=torch.int32) for x in (starts, counts))
+    return dict(zip(Lists._fields[2:], (torch.tensor([0, 0, *ends]), *starts_and_counts), strict=True))
 
 
 ZEROS = torch._efficientzerotensor(4, dtype=torch.int32)  # type: ignore[attr-defined]
@@ -126,7 +133,17 @@ HUGE = torch.tensor([0, 3 << 61, -(3 << 61), 0, 4])
 OUTSIDE = {
     "a column too far": (damaged(indices=torch.tensor([0, 1, 2, 9999], dtype=torch.int32)), "names column 9999"),
     "a negative column": (damaged(indices=torch.tensor([-1, 1, 2, 3], dtype=torch.int32)), "names column -1"),
-    "a column twice": (damaged(full_indices=torch.tensor([0, 0, 0, 0, 1, 2], dtype=torch.int32)), "must ascend"),
+    "a column twice": (damaged(**runs([0, 2, 3], [0, 1, 0], [2, 1, 3])), "has column 1 after 1; columns must ascend"),
+    "runs that descend": (damaged(**runs([0, 1, 3], [0, 2, 0], [1, 1, 1])), "has column 0 after 2; columns must ascend"),
+    "runs that touch": (damaged(**runs([0, 2, 3], [0, 1, 0], [1, 1, 3])), "has two runs that touch in column 0; make them one"),
+    "a run too long": (damaged(**runs([1, 2, 3], [0, 0, 0], [1, 2, 9999])), "names column 9998; columns are 0 to 3"),
+    "a run beyond 32 bits": (damaged(**runs([1, 2, 3], [0, 0, 3], [1, 2, 2**31 - 1])), "names column 2147483649"),
+    "a run before the first": (damaged(**runs([1, 2, 3], [-1, 0, 0], [1, 2, 3])), "names column -1"),
+    "a run of nothing": (damaged(**runs([1, 2, 3], [0, 0, 0], [1, 2, 0])), "row 3 has a run of 0 columns"),
+    "a run of less": (damaged(**runs([1, 2, 3], [0, 0, 2], [1, 2, -2])), "row 3 has a run of -2 columns"),
+    "counts too few": (damaged(**runs([1, 2, 3], [0, 0, 0], [1, 2])), "do not fit 4 rows and 3 and 2 listed runs"),
+    "partial in a run": (damaged(**runs([1, 2, 3], [0, 0, 0], [1, 2, 4])), "row 3, column 3 is listed both partial and full"),
+    "int64 counts": (damaged(full_counts=torch.ones(3, dtype=torch.int64)), "must be int64 offsets and int32 starts and counts"),
     "rows too few": (damaged(offsets=torch.tensor([0, 4])), "do not fit 4 rows and 4 listed blocks"),
     "an end too far": (damaged(offsets=torch.tensor([0, 1, 2, 3, 9999])), "do not fit 4 rows"),
     "a start": (damaged(offsets=torch.tensor([-1, 1, 2, 3, 4])), "do not fit 4 rows"),
@@ -140,8 +157,8 @@ OUTSIDE = {
     "sparse": (damaged(indices=torch.zeros(4, dtype=torch.int32).to_sparse()), "must be a dense tensor"),
     "zeros without memory": (damaged(indices=ZEROS), "a tensor of zeros that PyTorch has not written"),
     "two devices": (damaged(indices=torch.zeros(4, dtype=torch.int32, device="meta")), "are on cpu, meta"),
-    "nothing": ([None] * 4, "offsets must be a tensor of integers, got NoneType"),
-    "objects": ([object()] * 4, "offsets must be a tensor of integers, got object"),
+    "nothing": ([None] * 5, "offsets must be a tensor of integers, got NoneType"),
+    "objects": ([object()] * 5, "offsets must be a tensor of integers, got object"),
     "three": (damaged()[:3], "has the leaves .* got 3"),
 }
 
@@ -158,7 +175,7 @@ def test_lists_from_outside_are_checked_before_a_kernel_reads_them(what):
     mask = causal_mask()
     spec = pytree.tree_structure(mask)
     # a tree takes anything; the mask says so when it is used, and prints before
-    foreign = pytree.tree_unflatten(leaves, spec) if len(leaves) == 4 else None
+    foreign = pytree.tree_unflatten(leaves, spec) if len(leaves) == 5 else None
     if foreign is not None:
         for use in (lambda: flex_attention(*inputs(), block_mask=foreign), foreign.to_dense, lambda: foreign.resize(9, 9)):
             with pytest.raises((TypeError, ValueError), match=text):
@@ -220,7 +237,7 @@ def test_a_block_mask_is_a_pytree_node():
     ids = torch.arange(64) // 20
     mask = create_block_mask(and_masks(masks.document(ids), masks.causal), None, 2, 64, 64, "cpu", 16)
     leaves, spec = pytree.tree_flatten({"mask": mask})
-    assert len(leaves) == 4 and all(isinstance(x, Tensor) for x in leaves)
+    assert len(leaves) == 5 and all(isinstance(x, Tensor) for x in leaves)
     names = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(mask)[0]]
     assert names == [f".{name}" for name in Lists._fields]
     assert pytree.tree_unflatten(leaves, spec)["mask"] is mask
@@ -236,14 +253,14 @@ def test_a_block_mask_is_a_pytree_node():
     assert pytree.tree_structure(causal_mask()) == pytree.tree_structure(causal_mask()) != spec
     assert str(spec) and hash(pytree.tree_structure(mask)) == hash(pytree.tree_structure(copy.deepcopy(mask)))
     added = pytree.tree_map(lambda a, b: torch.equal(a, b), causal_mask(), causal_mask())
-    assert pytree.tree_leaves(added) == [True] * 4
+    assert pytree.tree_leaves(added) == [True] * 5
 
 
 def test_a_subclass_is_a_mask_of_its_own_kind():
     class Mine(BlockMask):
         pass
 
-    made = Mine._make(causal_mask().grid, causal_mask().walk.csr, masks.causal, True, True)
+    made = Mine._make(causal_mask().grid, causal_mask().walk.runs, masks.causal, True, True)
     made_of_it = made[:, :, 0:1], made.resize(9, 9), made.rows(1, 5), ~made, made & causal_mask(), made.to("cpu"), copy.copy(made)
     for other in made_of_it:
         assert type(other) is Mine

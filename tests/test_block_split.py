@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+import re
 from contextlib import ExitStack
 from unittest import mock
 
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexref import create_block_mask, create_mask
-from flexref.blocks import build, split
-from flexref.blocks.lists import from_runs
+from flexref.blocks import build, estimate, split
+from flexref.blocks.runs import merged, runs_of, written_out
 from flexref.program import range_tables
 from flexref.program.interval import interval
 from flexref.variants import masks
@@ -166,6 +167,29 @@ def test_runs_are_written_out(runs):
             covered[row, start : start + length] = True
             kept.append((row, start, length))
     columns = [torch.tensor([x[i] for x in sorted(kept)], dtype=torch.int64) for i in range(3)]
-    offsets, indices = from_runs(*columns, 5, torch.device("cpu"))
+    runs = merged(*columns, 5)
+    offsets, indices = written_out(*runs)
     where = covered.nonzero()
+    assert all(torch.equal(a, b) for a, b in zip(runs, runs_of(offsets, indices), strict=True))
     assert torch.equal(indices, where[:, 1].to(torch.int32)) and torch.equal(offsets.diff(), covered.sum(1))
+
+
+def counted(b, h, q_idx, kv_idx):
+    return int(q_idx) >= int(kv_idx)
+
+
+def test_a_mask_that_cannot_be_traced_says_what_asking_it_costs():
+    small = mock.patch.multiple(build, _WORTH_TRACING=-1, _POSITIONS=64)
+    with small, mock.patch.object(estimate, "_LONG", 0.0):
+        with pytest.warns(UserWarning) as caught:
+            made = create_block_mask(counted, 1, 1, 40, 40, "cpu", 8)
+        create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 40, 40, "cpu", 8)
+    assert made.to_dense().sum() == 15 and len(caught) == 1
+    line = counted.__code__.co_firstlineno
+    assert re.search(
+        rf"mask_mod counted \(.*test_block_split.py:{line}\) cannot be traced, so it is asked about all 1,600 positions, "
+        r"which takes about \d+ s more\. Written in torch operations it is traced, and few positions are asked\. .*calls int\(\)",
+        str(caught[0].message),
+    )
+    with small:
+        create_block_mask(counted, 1, 1, 40, 40, "cpu", 8)

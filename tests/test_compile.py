@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -119,6 +120,59 @@ def test_a_function_of_ours_given_to_torch_compile_runs_as_it_is(call, fresh):
     assert same and not fresh["graph_break"] and not fresh["stats"].get("unique_graphs")
     if isinstance(got, BlockMask):
         assert got == want and got.sparsity() == want.sparsity() > 0
+
+
+def doubled(mod):
+    @functools.wraps(mod)
+    def wrapper(*arguments):
+        return 2 * mod(*arguments)
+
+    return wrapper
+
+
+class Doubling(torch.nn.Module):
+    """Its child has the name that torch.compile gives to what it was given."""
+
+    def __init__(self, mod):
+        super().__init__()
+        self._orig_mod = mod
+
+    def forward(self, *arguments):
+        return 2 * self._orig_mod(*arguments)
+
+
+class SoftCap(torch.nn.Module):
+    def forward(self, *arguments):
+        return soft_cap(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["numba_cpu", "reference"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda mod: doubled(torch.compile(mod, backend="eager")),
+        lambda mod: torch.compile(doubled(mod), backend="eager"),
+        lambda mod: doubled(torch.compiler.disable(mod)),
+        lambda mod: torch.compiler.disable(doubled(mod)),
+        lambda mod: doubled(torch._dynamo.optimize("eager")(mod)),
+        lambda mod: Doubling(SoftCap()),
+        lambda mod: Doubling(torch.compile(SoftCap(), backend="eager")),
+        lambda mod: torch.compile(Doubling(SoftCap()), backend="eager"),
+    ],
+)
+def test_what_is_wrapped_around_a_compiled_mod_counts(wrap, backend):
+    q, k, v = inputs()
+    want = flex_attention(q, k, v, lambda *x: 2 * soft_cap(*x), backend=backend)
+    assert torch.equal(flex_attention(q, k, v, wrap(soft_cap), backend=backend), want)
+
+
+def test_what_is_wrapped_around_a_compiled_mask_counts():
+    nothing = functools.wraps(causal)(lambda *x: ~compiled(*x))
+    compiled = torch.compile(causal, backend="eager")
+    nothing.__dict__.update(vars(compiled))
+    assert torch.equal(create_mask(nothing, 1, 1, 9, 9, "cpu"), ~create_mask(compiled, 1, 1, 9, 9, "cpu"))
+    made, other = (create_block_mask(x, 1, 1, 9, 9, "cpu", 1) for x in (nothing, compiled))
+    assert torch.equal(made.to_dense(), 1 - other.to_dense())
 
 
 def test_another_number_of_a_mod_is_another_call(fresh):

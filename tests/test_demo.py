@@ -109,4 +109,5 @@ def test_the_demo_refuses_sizes_that_mean_nothing(capsys):
 
 def test_pictures_do_without_matplotlib(cases, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert "pip install 'flexref[demo]'" in pictures.draw(cases, tmp_path)
+    told = pictures.draw(cases, tmp_path)
+    assert told.startswith("no pictures: ") and "pip install 'flexref[visualize]'" in told

@@ -100,6 +100,35 @@ CASES = {
     signal.signal(signal.SIGALRM, handler)
     check(lambda: flexref.flex_attention(long, long, long), small, TooLong, send=lambda: signal.raise_signal(signal.SIGALRM))
     """,
+    "handlers that uninstall themselves, then raise": """
+    class TooLong(Exception):
+        pass
+
+    def handler(number, frame):
+        signal.signal(number, signal.SIG_IGN)
+        raise TooLong
+
+    class Alarm:
+        def rings(self, *given):
+            handler(*given)
+
+    for installed in (handler, Alarm().rings, lambda *given: handler(*given)):
+        def send():
+            signal.signal(signal.SIGALRM, installed)
+            signal.raise_signal(signal.SIGALRM)
+
+        def mod(score, b, h, q_idx, kv_idx):
+            # in the midst of a trace, where errors are turned into words
+            send()
+            return score
+
+        try:
+            flexref.flex_attention(x, x, x, mod)
+        except Exception as error:
+            raised = error
+        assert type(raised) is TooLong, repr(raised)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    """,
     "a handler that raises nothing": """
     heard = []
     signal.signal(signal.SIGUSR1, lambda *_: heard.append(torch.enable_grad()(both)(x)))

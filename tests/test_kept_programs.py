@@ -160,7 +160,6 @@ SETTINGS: dict[str, tuple] = {
         torch.float16,
     ),
     "default_dtype": (lambda: torch.get_default_dtype().itemsize, torch.set_default_dtype, torch.float32, torch.float64),
-    "a_dtype_taken": (lambda: torch.ones(3).dtype.itemsize, torch.set_default_dtype, torch.float32, torch.float64),
     "default_device": (lambda: len(torch.get_default_device().type), torch.set_default_device, None, "meta"),
     "a_device_taken": (lambda: len(torch.ones(3).device.type), torch.set_default_device, None, "meta"),
     "threads": (torch.get_num_threads, torch.set_num_threads, 1, 2),

@@ -118,7 +118,10 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "bsr": (lambda x: x[0, 0].to_sparse_bsr((2, 2)), "must be a dense tensor, got layout torch.sparse_bsr"),
     "mkldnn": (lambda x: x.float().to_mkldnn(), "must be a dense tensor, got layout torch._mkldnn"),
     "nested": (nested, "is a nested tensor, but must be a dense tensor: pad it with torch.nested.to_padded_tensor"),
-    "jagged": (lambda x: nested(x, layout=torch.jagged), "is a NestedTensor, .*: pad it with torch.nested"),
+    "jagged": (
+        lambda x: nested(x, layout=torch.jagged),
+        "is a NestedTensor, .*: pad it with torch.nested|is a jagged nested tensor but .* is not; all three",
+    ),
     "quantised": (quantised, r"is quantised \(torch.qint8\); pass x.dequantize\(\)"),
     "uninitialised": (lambda x: torch.nn.UninitializedParameter(), "is a UninitializedParameter, .*run it once"),
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flexref import create_mask, explain, flex_attention
 from flexref.errors import TraceError
 from flexref.program import mods
 from flexref.program.closure import leaves_of
@@ -332,3 +333,61 @@ def test_tracing_is_not_changed_by_autocast_or_inference_mode():
     plain = trace(SCORE_MODS["captured"], "score").graph
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
         assert trace(SCORE_MODS["captured"], "score").graph == plain
+
+
+class AttrDict(dict):
+    """A dict by attributes, as many config libraries have it: what it lacks is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Rude:
+    def __init__(self, error):
+        self.error, self.scale = error, 2.0
+
+    def __getattr__(self, name):
+        raise vars(self).get("error", RuntimeError)(name)
+
+
+class CalledAttrDict(AttrDict):
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        return score * self.scale
+
+
+class CalledRude(Rude):
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        return score * self.scale
+
+
+def reads(held):
+    return lambda score, b, h, q_idx, kv_idx: score * held.scale
+
+
+RUDE = {
+    "captured AttrDict": lambda: reads(AttrDict(scale=2.0)),
+    "captured KeyError": lambda: reads(Rude(KeyError)),
+    "captured ValueError": lambda: reads(Rude(ValueError)),
+    "called AttrDict": lambda: CalledAttrDict(scale=2.0),
+    "called KeyError": lambda: CalledRude(KeyError),
+    "called OSError": lambda: CalledRude(OSError),
+    "partial": lambda: functools.partial(lambda held, s, b, h, i, j: s * held.scale, AttrDict(scale=2.0)),
+}
+
+
+@pytest.mark.parametrize("backend", ["numba_cpu", "reference"])
+@pytest.mark.parametrize("make", RUDE.values(), ids=RUDE)
+def test_an_objects_own_getattr_may_raise_whatever_it_likes(make, backend):
+    x = torch.randn(1, 2, 6, 4)
+    want = flex_attention(x, x, x, lambda s, b, h, i, j: s * 2.0, backend=backend)
+    assert torch.equal(flex_attention(x, x, x, make(), backend=backend), want)
+    explain(x, x, x, make())
+    with pytest.raises((TraceError, TypeError), match="must take|must return|argument"):
+        flex_attention(x, x, x, mask_mod=make())
+
+
+def test_a_score_mod_behind_a_wrapper_of_any_arguments_is_known_as_one():
+    @functools.wraps(near := lambda s, b, h, i, j: torch.where(abs(i - j) < 2, s, -float("inf")))
+    def wrapper(*arguments):
+        return near(*arguments)
+
+    assert torch.equal(create_mask(wrapper, 1, 1, 6, 6, "cpu"), create_mask(near, 1, 1, 6, 6, "cpu"))

@@ -9,6 +9,7 @@ from flexref.problem import Gradients, Output, Problem, Tensors
 
 name = "numba_cpu"
 rank = 10
+lists = "runs"
 options = {
     "q_tile": "query rows of a tile: rounded up to whole vector registers, 64 by default",
     "kv_tile": "keys and values of a tile, 128 by default",

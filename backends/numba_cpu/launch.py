@@ -152,8 +152,8 @@ class _Call:
         mask = self.tensors.block_mask
         if mask is None:
             return
-        lists = mask.walk.csr
-        for at, x in zip((P.offsets, P.indices, P.full_offsets, P.full_indices), lists, strict=True):
+        lists = mask.walk.runs
+        for at, x in zip((P.offsets, P.indices, P.full_offsets, P.full_starts, P.full_counts), lists, strict=True):
             self.params[at] = x.data_ptr()
         rows = int(self.params[P.rows])
         self.params[P.row_step_h] = rows if mask.H > 1 else 0
@@ -209,7 +209,7 @@ class _Plan:
         q_block, kv_block = p.block_size or (p.q_len, p.kv_len)
         q_block, kv_block = min(q_block, p.q_len), min(kv_block, p.kv_len)
         q_tile = min(-(-int(options.get("q_tile") or Q_TILE) // lanes) * lanes, -(-q_block // lanes) * lanes)  # type: ignore
-        kv_tile = min(int(options.get("kv_tile") or KV_TILE), kv_block)  # type: ignore[call-overload]
+        kv_tile = min(int(options.get("kv_tile") or KV_TILE), p.kv_len)  # type: ignore[call-overload]
         rows = -(-p.q_len // q_block)
         table = np.zeros(P_SIZE, np.int64)
         numbers = {

@@ -14,11 +14,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from flexref.index_error import named_index_error
+from flexref.one_float import asks_what_it_is, whole_products
 from flexref.problem import Gradients, Output, Problem, Tensors
 from flexref.reference import Result, einsum
 
 name = "reference"
 rank = 0
+lists = "none"
 options: dict[str, str] = {}
 
 # the flag of torch.set_deterministic_debug_mode belongs to the process, so one backward at a time may hold it
@@ -43,7 +45,8 @@ def forward(problem: Problem, tensors: Tensors) -> Output:
     inputs = (tensors.query, tensors.key, tensors.value)
     leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, problem.needs_grad, strict=True)]
     reads = _read_by_mods(problem, tensors)
-    with torch.set_grad_enabled(problem.needs_backward), _no_autocast(tensors), _no_foreign_hooks(), _StandIns(reads):
+    grad, reading = torch.set_grad_enabled(problem.needs_backward), _StandIns(reads)
+    with grad, _no_autocast(tensors), whole_products(), _no_foreign_hooks(), reading:
         try:
             result = _attend(tensors, *leaves)
         except IndexError as error:
@@ -64,7 +67,7 @@ def backward(
     # a mod that ignores the score leaves lse, or even out, without a path to any leaf
     pairs = [(result.out, grad_out), (result.lse, grad_lse)]
     pairs = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
-    with torch.enable_grad(), _no_autocast(tensors), _same_bits(grad_out.device):
+    with torch.enable_grad(), _no_autocast(tensors), whole_products(), _same_bits(grad_out.device):
         found = iter(_gradients(pairs, [leaf for leaf, need in zip(leaves, needs, strict=True) if need]))
     grads = [_ordered_like(x, next(found).to(x.dtype)) if need else None for x, need in zip(like, needs, strict=True)]
     behind = 3 + len(tensors.captured)
@@ -135,6 +138,10 @@ class _StandIns(TorchFunctionMode):
         def swap(value):
             return self.leaves.get(id(value), value)
 
+        if asks_what_it_is(func):
+            answer = func(*args, **(kwargs or {}))
+            if not isinstance(answer, Tensor):
+                return answer
         return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
 
 

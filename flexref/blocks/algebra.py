@@ -5,13 +5,24 @@ The mask_mod is asked only where the kinds of the blocks leave the answer open.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from flexref.blocks.build import Decider, build
-from flexref.blocks.lists import FULL, PARTIAL, Grid, Lists, broadcast, collect, expand, take_rows
+from flexref.blocks.lists import (
+    FULL,
+    PARTIAL,
+    Grid,
+    Lists,
+    broadcast,
+    expand,
+    of_stretches,
+    stretches,
+    take_columns,
+    take_rows,
+)
 from flexref.blocks.mask_mods import Constant, Listed, Offset, Table
 from flexref.program.mod_objects import CallableMod, name_of
 
@@ -30,51 +41,48 @@ def common_grid(a: Grid, b: Grid) -> Grid:
 def combine(op: str, masks: Iterable[tuple[Lists, Grid]], mod: Callable, grid: Grid, device: torch.device) -> Lists:
     """The lists of `mod`, which is the "and", "or" or "xor" of two masks, on their common grid."""
     a, b = (broadcast(lists, own, grid) for lists, own in masks)
-    decide = Decider(mod, grid, device)
     kind_of = {"and": torch.minimum, "or": torch.maximum, "xor": lambda x, y: (x - y).abs()}[op]
+    first, count, (ka, kb) = stretches((a, b), grid)
+    kind = kind_of(ka, kb)
+    # blocks to be asked are listed one by one, so a stretch of two of them is a block
+    asked = ((ka == PARTIAL) & (kb == PARTIAL)).nonzero()[:, 0]
+    if len(asked):
+        with torch.no_grad():
+            kind[asked] = Decider(mod, grid, device).decide(first[asked])
+    return of_stretches(first, count, kind, grid)
 
-    def kinds() -> Iterator[Tensor]:
-        for first, last in grid.strips():
-            ka, kb = (expand(lists, first, last, grid.columns) for lists in (a, b))
-            yield decide(kind_of(ka, kb), first, (ka == PARTIAL) & (kb == PARTIAL))
 
-    with torch.no_grad():
-        return collect(kinds(), device)
-
-
-def invert(lists: Lists, grid: Grid, device: torch.device) -> Lists:
+def invert(lists: Lists, grid: Grid) -> Lists:
     """Empty becomes full, full becomes empty, partial stays."""
-    return collect((FULL - expand(lists, *ends, grid.columns) for ends in grid.strips()), device)
+    first, count, (kind,) = stretches((lists,), grid)
+    return of_stretches(first, count, FULL - kind, grid)
 
 
-def unseparated(lists: Lists, grid: Grid, device: torch.device) -> Lists:
+def unseparated(lists: Lists, grid: Grid) -> Lists:
     """Full blocks listed as partial ones, which changes no meaning."""
-    return collect((expand(lists, *ends, grid.columns).clamp(max=PARTIAL) for ends in grid.strips()), device)
+    first, count, (kind,) = stretches((lists,), grid)
+    return of_stretches(first, count, kind.clamp(max=PARTIAL), grid)
 
 
-def crop(lists: Lists, old: Grid, new: Grid, device: torch.device) -> Lists:
+def crop(lists: Lists, old: Grid, new: Grid) -> Lists:
     """The upper left part; a block that was listed stays listed."""
-    rows = torch.arange(old.flat_rows, device=device).reshape(old.B * old.H, old.rows)[:, : new.rows]
-    lists = take_rows(lists, rows.reshape(-1))
-    return collect((expand(lists, *ends, old.columns)[:, : new.columns] for ends in new.strips()), device)
+    rows = torch.arange(old.flat_rows, device=lists.offsets.device).reshape(old.B * old.H, old.rows)[:, : new.rows]
+    return take_columns(take_rows(lists, rows.reshape(-1)), new.columns)
 
 
 def disagreement(lists: Lists, mod: Callable, grid: Grid, device: torch.device) -> str | None:
     """Where the lists allow something else than `mod` does, in words; None if nowhere. A partial block may be anything."""
-    truth = build(mod, grid, device)
-    for first, last in grid.strips():
-        said, true = (expand(x, first, last, grid.columns) for x in (lists, truth))
-        wrong = ((said != PARTIAL) & (said != true)).nonzero()
-        if len(wrong):
-            row, column = wrong[0].tolist()
-            is_full = int(said[row, column]) == FULL
-            bh, row = divmod(row + first, grid.rows)
-            says, does = ("is listed full", "masks") if is_full else ("is not listed", "allows")
-            return (
-                f"block (b={bh // grid.H}, h={bh % grid.H}) row {row}, column {column} {says}, "
-                f"but mask_mod {name_of(mod)} {does} positions in it"
-            )
-    return None
+    first, _, (said, true) = stretches((lists, build(mod, grid, device)), grid)
+    wrong = ((said != PARTIAL) & (said != true)).nonzero()[:, 0]
+    if not len(wrong):
+        return None
+    row, column = divmod(int(first[wrong[0]]), grid.columns)
+    bh, row = divmod(row, grid.rows)
+    says, does = ("is listed full", "masks") if int(said[wrong[0]]) == FULL else ("is not listed", "allows")
+    return (
+        f"block (b={bh // grid.H}, h={bh % grid.H}) row {row}, column {column} {says}, "
+        f"but mask_mod {name_of(mod)} {does} positions in it"
+    )
 
 
 def listed_mod(lists: Lists, mod: Callable, grid: Grid) -> Listed:

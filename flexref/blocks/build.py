@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flexref.blocks.estimate import Estimate
 from flexref.blocks.inputs import as_bool, checked_device, checked_sizes, described, kind_of_mod
 from flexref.blocks.lists import PARTIAL, Grid, Lists, broadcast, collect
+from flexref.blocks.sound import check_fits
 from flexref.blocks.split import lists_of, split
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
@@ -31,15 +34,23 @@ _POSITIONS = 1 << 20
 _WORTH_TRACING = 1 << 20
 
 
-def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
-    """The lists of `mask_mod`: exact, ascending, no block listed that has no allowed position."""
+def build(mask_mod: Callable, grid: Grid, device: torch.device, acc: torch.dtype = torch.float32) -> Lists:
+    """The lists of `mask_mod`: exact, ascending, no block listed that has no allowed position.
+
+    `acc`: the one float within it (R1); that of all problems but float64's, if it is not known for which it is made.
+    """
     check_surroundings()
     if device.type == "meta":
         raise ValueError("device is meta, where the lists of a block mask would have no numbers; build it on the CPU or a GPU.")
+    check_fits(grid)
     with torch.no_grad():
-        program = None
-        if grid.B * grid.H * grid.q_len * grid.kv_len > _WORTH_TRACING:
-            program = _program(mask_mod, device)
+        program, estimate = None, None
+        positions = math.prod(grid.shape)
+        if positions > _WORTH_TRACING:
+            try:
+                program = program_of(mask_mod, device, acc)
+            except TraceError as why:
+                estimate = Estimate(mask_mod, why, grid.flat_rows * grid.columns, positions)
         asked = grid
         if program is not None:
             # a mask that does not read b or h is the same for all of them
@@ -47,7 +58,7 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
                 asked = asked._replace(B=min(grid.B, 1))
             if not program.graph.uses("h"):
                 asked = asked._replace(H=min(grid.H, 1))
-        decide = Decider(mask_mod, asked, device)
+        decide = Decider(mask_mod, asked, device, acc, estimate)
         if program is None:
             return collect((decide.strip(*ends) for ends in asked.strips()), device)
         classify = Classifier(program.graph, program.captured, program.scalars)
@@ -55,17 +66,14 @@ def build(mask_mod: Callable, grid: Grid, device: torch.device) -> Lists:
         return broadcast(lists_of(found, asked, device), asked, grid)
 
 
-def _program(mask_mod: Callable, device: torch.device):
-    """The traced mod, or None for one that cannot be traced, or reads another device: asking it will say so.
+def program_of(mask_mod: Callable, device: torch.device, acc: torch.dtype):
+    """The traced mod, or None for one that reads another device: asking it will say so.
 
-    Raises TypeError or ValueError where it reads a tensor that has no memory of its own.
+    Raises TraceError, and TypeError or ValueError where it reads a tensor that has no memory of its own.
     """
     from flexref.program.mods import traced_mod
 
-    try:
-        program = traced_mod(mask_mod, "mask", torch.float32)
-    except TraceError:
-        return None
+    program = traced_mod(mask_mod, "mask", acc)
     for name, x in zip(program.names, program.captured, strict=True):
         if not x.is_meta:
             check_memory(f"the captured tensor {name}", x)
@@ -75,8 +83,15 @@ def _program(mask_mod: Callable, device: torch.device):
 class Decider:
     """Asks a mask_mod about whole blocks, exactly."""
 
-    def __init__(self, mask_mod: Callable, grid: Grid, device: torch.device):
-        self.grid, self.device, self.ask = grid, device, Asker(mask_mod, device)
+    def __init__(
+        self,
+        mask_mod: Callable,
+        grid: Grid,
+        device: torch.device,
+        acc: torch.dtype = torch.float32,
+        estimate: Estimate | None = None,
+    ):
+        self.grid, self.device, self.ask, self.estimate = grid, device, Asker(mask_mod, device, acc), estimate
         self.q_size, self.kv_size = min(grid.q_block, grid.q_len), min(grid.kv_block, grid.kv_len)
         # a block of more positions than may be asked at once is asked in tiles
         self.q_tile = max(1, min(self.q_size, 1024))
@@ -96,7 +111,12 @@ class Decider:
 
     def decide(self, blocks: Tensor) -> Tensor:
         """The kinds (N,) of blocks (N,), numbered flat row * columns + column."""
-        return torch.cat([self._some(part) for part in blocks.split(max(1, _POSITIONS // (self.q_tile * self.kv_tile)))])
+        kinds = []
+        for part in blocks.split(max(1, _POSITIONS // (self.q_tile * self.kv_tile))):
+            kinds.append(self._some(part))
+            if self.estimate is not None:
+                self.estimate.add(len(part))
+        return torch.cat(kinds)
 
     def _some(self, block: Tensor) -> Tensor:
         grid = self.grid
@@ -127,8 +147,8 @@ class Decider:
 class Asker:
     """Calls a mask_mod at every position of some tiles."""
 
-    def __init__(self, mask_mod: Callable, device: torch.device):
-        self.mod, self.device = original(mask_mod), device
+    def __init__(self, mask_mod: Callable, device: torch.device, acc: torch.dtype = torch.float32):
+        self.mod, self.device, self.acc = original(mask_mod), device, acc
         self.number: Callable | None = None
         over_kv = torch.vmap(self._one, (None, None, None, 0))
         self.vmapped = torch.vmap(torch.vmap(over_kv, (None, None, 0, None)), (0, 0, 0, 0))
@@ -146,13 +166,14 @@ class Asker:
                     raise
                 self._raise_what_stays_wrong(error)
                 # what has no memory may still answer one position at a time, in minutes
-                _program(self.mod, self.device)
+                with suppress(TraceError):
+                    program_of(self.mod, self.device, self.acc)
                 self.number = self._working_number(b, h, q_idx, kv_idx)
         return self._loop(self.number, b, h, q_idx, kv_idx)
 
     def _one(self, *at) -> Tensor:
-        # its whole numbers are those of the program that an engine runs; there is no accumulation type yet
-        with OneFloat(None):
+        # its numbers are those of the program that an engine runs
+        with OneFloat(self.acc):
             answer = self.mod(*at)
         return as_bool(self.mod, answer, self.device)
 

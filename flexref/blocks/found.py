@@ -74,7 +74,7 @@ def find_mask(score: Mod, asked: Question, device: torch.device) -> Found | None
     else:
         tiles = split(Classifier(apart.mask, score.captured, score.scalars), grid)
     lists = lists_of(tiles, grid, device)
-    if len(lists.indices) + len(lists.full_indices) == grid.flat_rows * grid.columns:
+    if len(lists.indices) + int(lists.full_counts.sum()) == grid.flat_rows * grid.columns:
         return None
     blocks = BlockMask._make(grid, lists, noop_mask, True, False)
     return Found(score.graph, None, blocks) if apart is None else Found(*apart, blocks)

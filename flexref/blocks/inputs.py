@@ -1,12 +1,10 @@
 """Checks what users pass to make a BlockMask, so that what is below may trust it."""
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 
-from flexref.program.mod_objects import name_of
+from flexref.program.mod_objects import attribute, name_of, signature_of
 from flexref.tensor_gate import check_memory
 
 MASK_SIGNATURE = "mask_mod(b, h, q_idx, kv_idx)"
@@ -34,6 +32,15 @@ def checked_index(name: str, n) -> int:
     if isinstance(n, (bool, Tensor)) or not hasattr(n, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(n).__name__}")
     return int(n)
+
+
+def check_start(start: Tensor, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `start` is a 0-d tensor of integers on `device`."""
+    if start.dim() or start.dtype == torch.bool or start.is_floating_point() or start.is_complex():
+        raise TypeError(f"start must be an int or a 0-d tensor of integers, got {start.dtype} of shape {tuple(start.shape)}")
+    if start.device != device:
+        raise ValueError(f"start is on {start.device}, but the mask on {device}; move it, or give an int")
+    check_memory("start", start)
 
 
 def checked_lengths(lengths: object) -> tuple[int, int]:
@@ -74,9 +81,9 @@ def kind_of_mod(fn: object, argument: str = "mod_fn") -> str:
         raise TypeError(f"{argument} must be a function {wanted}, got {type(fn).__name__}")
     try:
         # what can be called is its own, and not that of a function that it wraps, unless it passes on whatever it is given
-        signature = inspect.signature(fn, follow_wrapped=False)
+        signature = signature_of(fn)
         if any(x.kind is x.VAR_POSITIONAL for x in signature.parameters.values()):
-            signature = inspect.signature(fn, follow_wrapped=False)
+            signature = signature_of(fn, follow_wrapped=True)
     except (TypeError, ValueError):
         return "mask"
     for kind, count in (("mask", 4), ("score", 5)):
@@ -97,7 +104,7 @@ def check_mask_mod(fn: object) -> None:
 
 def described(mod: object) -> str:
     """A mod's name with its file and line, if it has them."""
-    code = getattr(mod, "__code__", None)
+    code = attribute(mod, "__code__")
     return f"{name_of(mod)} ({code.co_filename}:{code.co_firstlineno})" if code else name_of(mod)
 
 

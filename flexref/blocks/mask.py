@@ -19,23 +19,27 @@ from flexref.blocks.inputs import (
     checked_device,
     checked_sizes,
 )
-from flexref.blocks.lists import FULL, Grid, Lists, expand, first_problem, sparsity
+from flexref.blocks.lists import FULL, Blocks, Grid, Lists, expand, sparsity
 from flexref.blocks.mask_mods import and_masks, noop_mask, not_mask, or_masks, shift_mask, xor_masks
 from flexref.blocks.operators import BlockOperators, built
-from flexref.blocks.state import Walk, loaded
+from flexref.blocks.sound import first_problem
+from flexref.blocks.state import loaded
+from flexref.blocks.stats import MaskStats, stats_of
+from flexref.blocks.walk import Walk
 from flexref.program.compiled import original
 from flexref.program.mod_objects import same_mod
 from flexref.uncompiled import uncompiled
 
-__all__ = ["BlockMask", "Lists", "and_masks", "create_block_mask", "create_mask", "noop_mask", "not_mask", "or_masks"]
+__all__ = ["BlockMask", "Blocks", "Lists", "and_masks", "create_block_mask", "create_mask", "noop_mask", "not_mask", "or_masks"]
 __all__ += ["Walk", "shift_mask", "xor_masks"]
 
 
 class BlockMask(BlockOperators):
     """Immutable. B and H are 1 or those of the query.
 
-    seq_lengths (q_len, kv_len); BLOCK_SIZE (q_block, kv_block); walk: what engines read; csr, csc: the lists by row and by
-    column, and torch's padded tensors (see TorchForm): copies of them. What makes other masks of it is in BlockOperators.
+    seq_lengths (q_len, kv_len); BLOCK_SIZE (q_block, kv_block); walk: what engines read; runs: the lists as they are held;
+    csr, csc: each block by row and by column, and torch's padded tensors (see TorchForm): copies. What makes other masks of it
+    is in BlockOperators.
     """
 
     @property
@@ -51,6 +55,27 @@ class BlockMask(BlockOperators):
     def sparsity(self) -> float:
         """Percent of the positions that lie in blocks not listed; 0 if there are no positions."""
         return sparsity(self._lists, self.grid)
+
+    @uncompiled
+    def stats(
+        self,
+        head_dim: int = 64,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        count_allowed: bool = True,
+    ) -> MaskStats:
+        """Blocks, positions, FLOPs, bytes moved, forward and backward, and imbalance; MaskStats says what each counts.
+
+        head_dim, value_dim (by default the same), dtype: of query, key and value. batch, heads: of the query, where the mask
+        is for 1, which serves any. kv_heads: of key and value, by default as many as heads. Positions allowed in partial
+        blocks are counted by asking mask_mod, some at a time; count_allowed=False leaves that out. No memory grows with
+        q_len * kv_len. Raises TypeError or ValueError for wrong arguments, and what mask_mod raises.
+        """
+        return stats_of(self, head_dim, value_dim, dtype, batch, heads, kv_heads, count_allowed)
 
     @uncompiled
     def to_dense(self) -> Tensor:
@@ -128,14 +153,27 @@ def create_block_mask(
     """The BlockMask of mask_mod(b, h, q_idx, kv_idx) -> bool for Q_LEN queries and KV_LEN keys; B or H None, or 1, stand for any.
 
     BLOCK_SIZE: an int, or (q_block, kv_block). separate_full_blocks: list full blocks apart. device None: the accelerator, or
-    else the CPU. A block is full if mask_mod allows every position of it that there is.
+    else the CPU. A block is full if mask_mod allows every position of it that there is. Floats within mask_mod are float32, as
+    in a call of float32 or a narrower type: for a call of float64 whose mask reads floats, give that call mask_mod instead.
     _compile and the two last are torch's and change nothing. Raises TypeError or ValueError for wrong arguments and for a
     mask_mod of another arity or result, IndexError for one that reads a captured tensor out of range.
     """
+    return mask_of_call(mask_mod, (B, H, Q_LEN, KV_LEN), device, torch.float32, BLOCK_SIZE, separate_full_blocks)
+
+
+def mask_of_call(
+    mask_mod: Callable,
+    sizes: tuple[int | None, int | None, int, int],
+    device: torch.device | str | None,
+    acc: torch.dtype,
+    block_size: int | tuple[int, int] = 128,
+    separate: bool = True,
+) -> BlockMask:
+    """create_block_mask for a call whose accumulation type is known; sizes (B, H, q_len, kv_len)."""
     mask_mod = original(mask_mod)
     check_mask_mod(mask_mod)
-    grid = Grid(*checked_sizes(B, H, Q_LEN, KV_LEN), *checked_block_size(BLOCK_SIZE))
-    return built(BlockMask, mask_mod, grid, checked_device(device), separate_full_blocks)
+    grid = Grid(*checked_sizes(*sizes), *checked_block_size(block_size))
+    return built(BlockMask, mask_mod, grid, checked_device(device), separate, acc)
 
 
 # torch.load(weights_only=True) may make these; the classes of mods say it of themselves

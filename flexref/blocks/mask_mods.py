@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from flexref.program.mod_objects import CallableMod, name_of
@@ -191,24 +190,6 @@ class Listed(MaskMod):
     def __call__(self, b, h, q_idx, kv_idx):
         kind = self.kinds[self.b(b), self.h(h), q_idx // self.q_block, kv_idx // self.kv_block]
         return (kind == 2) | ((kind == 1) & self.mod(b, h, q_idx, kv_idx))
-
-
-class Packed(MaskMod):
-    """`mod` in packed tokens: it sees the number of the sequence as b, and positions counted from where that begins.
-
-    For each token, int64 (tokens,): the number of its sequence and where that begins.
-    """
-
-    def __init__(self, mod: Callable, q_sequence: Tensor, q_start: Tensor, kv_sequence: Tensor, kv_start: Tensor):
-        self.mod, self.q_sequence, self.q_start = mod, q_sequence, q_start
-        self.kv_sequence, self.kv_start = kv_sequence, kv_start
-
-    def __call__(self, b, h, q_idx, kv_idx):
-        b = self.q_sequence[q_idx]
-        same = b == self.kv_sequence[kv_idx]
-        # a token of another sequence may have a place that this one does not reach
-        place = torch.where(same, kv_idx - self.kv_start[kv_idx], 0)
-        return same & self.mod(b, h, q_idx - self.q_start[q_idx], place)
 
 
 def noop_mask(b, h, q_idx, kv_idx):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flexref.blocks.inputs import check_mask_mod
 from flexref.blocks.mask import BlockMask, create_block_mask
-from flexref.blocks.mask_mods import Packed
+from flexref.blocks.packed import Packed, places
 from flexref.uncompiled import uncompiled
 
 
@@ -26,26 +26,28 @@ def create_nested_block_mask(
 
     mask_mod is written for one sequence: its b is the number of the sequence in the nested tensor, and its q_idx and kv_idx
     count from where that sequence begins. The mask is for the tokens as they lie in memory: B is None or 1, and
-    flex_attention takes `nt.values()[None]`, (1, H, sum of S, E), as query, key and value, and gives out in the same order:
-    `torch.nested.nested_tensor_from_jagged(out[0], nt.offsets(), jagged_dim=2)` is nested again. kv_nt None: as q_nt.
+    flex_attention takes it as block_mask beside the jagged tensors (B, H, S*, E) themselves. kv_nt None: as q_nt.
     BLOCK_SIZE as for create_block_mask; _compile changes nothing.
 
     Raises TypeError for what is no jagged nested tensor, ValueError for tensors that do not fit together.
     """
     check_mask_mod(mask_mod)
     kv_nt = q_nt if kv_nt is None else kv_nt
-    (q_sequence, q_start), (kv_sequence, kv_start) = (_places(n, x) for n, x in (("q_nt", q_nt), ("kv_nt", kv_nt)))
+    q_offsets, kv_offsets = (jagged_offsets(n, x) for n, x in (("q_nt", q_nt), ("kv_nt", kv_nt)))
     if q_nt.device != kv_nt.device or q_nt.shape[0] != kv_nt.shape[0]:
         raise ValueError(
             f"q_nt has {q_nt.shape[0]} sequences on {q_nt.device}, kv_nt {kv_nt.shape[0]} on {kv_nt.device}: "
             "they must be as many, on one device"
         )
-    mod = Packed(mask_mod, q_sequence, q_start, kv_sequence, kv_start)
-    return create_block_mask(mod, B, H, len(q_sequence), len(kv_sequence), q_nt.device, BLOCK_SIZE)
+    mod = Packed(mask_mod, places(q_offsets, kv_offsets))
+    return create_block_mask(mod, B, H, int(q_offsets[-1]), int(kv_offsets[-1]), q_nt.device, BLOCK_SIZE)
 
 
-def _places(name: str, nt: object) -> tuple[Tensor, Tensor]:
-    """For each packed token, the number of its sequence and where that begins: two int64 (sum of S,)."""
+def jagged_offsets(name: str, nt: object) -> Tensor:
+    """Where each sequence of a jagged nested tensor begins among its packed tokens, and how many those are: int64 (B + 1,).
+
+    Raises TypeError for anything else, ValueError for one with holes.
+    """
     if not isinstance(nt, Tensor) or not nt.is_nested or nt.layout != torch.jagged:
         got = f"layout {nt.layout}" if isinstance(nt, Tensor) else type(nt).__name__
         raise TypeError(
@@ -54,7 +56,4 @@ def _places(name: str, nt: object) -> tuple[Tensor, Tensor]:
         )
     if nt.lengths() is not None:  # type: ignore[attr-defined]
         raise ValueError(f"{name} has holes between its sequences; make it whole with .contiguous()")
-    offsets = nt.offsets().long()  # type: ignore[attr-defined]
-    lengths = offsets.diff()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
-    return sequence, offsets[:-1][sequence]
+    return nt.offsets().long()  # type: ignore[attr-defined]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flexref.blocks import algebra
 from flexref.blocks.build import build
-from flexref.blocks.inputs import checked_index, checked_size
-from flexref.blocks.lists import Grid, Lists, one_row, take_rows
+from flexref.blocks.inputs import check_start, checked_index, checked_size
+from flexref.blocks.lists import Grid, Lists, take_rows
 from flexref.blocks.mask_mods import (
     Concatenated,
     Offset,
@@ -25,7 +25,9 @@ from flexref.blocks.mask_mods import (
     shift_mask,
     xor_masks,
 )
+from flexref.blocks.steps import row_walk, step_walk
 from flexref.blocks.torch_form import TorchForm
+from flexref.blocks.walk import Walk
 from flexref.program.mod_objects import moved
 from flexref.uncompiled import uncompiled
 
@@ -57,27 +59,53 @@ class BlockOperators(TorchForm):
         return self._make(new, take_rows(self._lists, flat), mod, self.separate_full_blocks, self._agrees)
 
     @uncompiled
-    def rows(self, start: int, stop: int) -> Self:
-        """For the queries start..stop alone, wherever blocks begin: index 0 stands for `start`, as in decoding.
+    def rows(self, start: int | Tensor, stop: int | None = None, *, length: int | None = None) -> Self:
+        """For the queries start..stop alone, or `length` of them, wherever blocks begin: index 0 stands for `start`.
 
-        Queries of one row of blocks take over its lists, which may then name a block that has nothing for them.
+        As in decoding: nothing waits for the device, but the first step of a length. Queries of one row of blocks take over its
+        lists, which may then name a block that has nothing for them. `start` may be a 0-d integer tensor on the mask's device,
+        and `length` a number: the mask is that of the value that `start` has now, whatever is written into it later. Where it
+        is negative or beyond q_len - length, which nobody can see without a wait, nothing is allowed.
         """
-        start, stop, grid = checked_index("start", start), checked_index("stop", stop), self.grid
+        if isinstance(start, Tensor):
+            return self._step(start, stop, length)
+        if (stop is None) == (length is None):
+            raise TypeError("rows(start, stop) or rows(start, length=n): give one of stop and length")
+        grid, start = self.grid, checked_index("start", start)
+        stop = checked_index("stop", stop) if length is None else start + checked_index("length", length)
         if not 0 <= start <= stop <= grid.q_len:
             raise IndexError(f"rows {start} to {stop} are not within the {grid.q_len} queries")
         row, new = start // grid.q_block, grid._replace(q_len=stop - start)
-        if start < stop <= (row + 1) * grid.q_block:
-            mod = View(self.mask_mod, q_idx=Offset(start))
-            return self._make(new, one_row(self._lists, grid, row), mod, self.separate_full_blocks, self._agrees)
+        if start < stop <= (row + 1) * grid.q_block and grid.B * grid.H:
+            return self._of_walk(row_walk(self.walk, row, new), View(self.mask_mod, q_idx=Offset(start)), self._agrees)
         mod = View(self._agreeing().mask_mod, q_idx=Offset(start))
         return built(type(self), mod, new, self.device, self.separate_full_blocks)
+
+    def _step(self, start: Tensor, stop: int | None, length: int | None) -> Self:
+        check_start(start, self.device)
+        if stop is not None or length is None:
+            raise TypeError("rows(start, length=n) for a start that is a tensor: how many queries there are must be a number")
+        if not 0 <= checked_index("length", length) <= self.grid.q_len:
+            raise IndexError(f"{length} rows are not within the {self.grid.q_len} queries")
+        if 0 in (length, self.B, self.H):
+            return self.rows(0, length)
+        # blocks that two rows of blocks say different things of are asked
+        whole = self._agreeing()
+        start = start.detach().to(torch.int64, copy=True)
+        # the mask_mod says nothing of a start that is out of range
+        return whole._of_walk(step_walk(whole.walk, start, length), View(whole.mask_mod, q_idx=Offset(start)), False)
+
+    def _of_walk(self, walk: Walk, mod: Callable, agrees: bool) -> Self:
+        mask = type(self).__new__(type(self))
+        mask._set(walk.grid, walk, None, mod, self.separate_full_blocks, agrees)
+        return mask
 
     @uncompiled
     def transpose(self) -> Self:
         """Queries and keys in each other's place."""
         grid = self.grid
         new = Grid(grid.B, grid.H, grid.kv_len, grid.q_len, grid.kv_block, grid.q_block)
-        return self._make(new, self.walk.csc, Transposed(self.mask_mod), self.separate_full_blocks, self._agrees)
+        return self._make(new, self.walk.column_runs, Transposed(self.mask_mod), self.separate_full_blocks, self._agrees)
 
     @uncompiled
     def shift(self, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0) -> Self:
@@ -96,7 +124,7 @@ class BlockOperators(TorchForm):
                 "this BlockMask lists other blocks than its mask_mod allows, so nothing is known of positions beyond "
                 f"{self.seq_lengths}; make one with create_block_mask(mask_mod, ..., {grid.q_len}, {grid.kv_len})"
             )
-        lists = algebra.crop(self._lists, self.grid, grid, self.device)
+        lists = algebra.crop(self._lists, self.grid, grid)
         return self._make(grid, lists, self.mask_mod, self.separate_full_blocks, False)
 
     _adjust = resize
@@ -104,9 +132,13 @@ class BlockOperators(TorchForm):
     def _agreeing(self) -> Self:
         """Self if lists and mask_mod allow the same, else a mask that has its lists in its mask_mod."""
         if not self._agrees:
-            if algebra.disagreement(self._lists, self.mask_mod, self.grid, self.device):
+            in_mod: Self | None = self._in_mod
+            if in_mod is None and algebra.disagreement(self._lists, self.mask_mod, self.grid, self.device):
                 mod = algebra.listed_mod(self._lists, self.mask_mod, self.grid)
-                return self._make(self.grid, self._lists, mod, self.separate_full_blocks, True)
+                in_mod = self._make(self.grid, self._lists, mod, self.separate_full_blocks, True)
+            if in_mod is not None:
+                vars(self)["_in_mod"] = in_mod
+                return in_mod
             vars(self)["_agrees"] = True
         return self
 
@@ -136,7 +168,7 @@ class BlockOperators(TorchForm):
         mod = not_mask(self._agreeing().mask_mod)
         if not self.separate_full_blocks:
             return built(type(self), mod, self.grid, self.device, False)
-        return self._make(self.grid, algebra.invert(self._lists, self.grid, self.device), mod, True, True)
+        return self._make(self.grid, algebra.invert(self._lists, self.grid), mod, True, True)
 
     def _combined(self, op: str, combinator: Callable, other: BlockOperators) -> Self:
         grid = algebra.common_grid(self.grid, other.grid)
@@ -156,11 +188,11 @@ class BlockOperators(TorchForm):
         return self._make(self.grid, lists, moved(self.mask_mod, device), self.separate_full_blocks, self._agrees)
 
 
-def built(kind: type, mask_mod: Callable, grid: Grid, device: torch.device, separate: bool):
-    """The BlockMask of a mask_mod, asked anew."""
-    lists = build(mask_mod, grid, device)
+def built(kind: type, mask_mod: Callable, grid: Grid, device: torch.device, separate: bool, acc: torch.dtype = torch.float32):
+    """The BlockMask of a mask_mod, asked anew; `acc`: the one float within it."""
+    lists = build(mask_mod, grid, device, acc)
     if not separate:
-        lists = algebra.unseparated(lists, grid, device)
+        lists = algebra.unseparated(lists, grid)
     return kind._make(grid, lists, mask_mod, bool(separate), True)
 
 

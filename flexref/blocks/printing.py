@@ -18,7 +18,7 @@ def picture(mask: BlockState, grid_size: int | tuple[int, int], limit: int) -> s
         raise ValueError(f"grid_size must be a positive int, -1, or a pair of them, got {grid_size!r}")
     grid, parts = mask.grid, []
     for bh in range(min(limit, grid.B * grid.H)):
-        kinds = expand(mask.walk.csr, bh * grid.rows, (bh + 1) * grid.rows, grid.columns)
+        kinds = expand(mask._lists, bh * grid.rows, (bh + 1) * grid.rows, grid.columns)
         parts.append("\n".join([f"({bh // grid.H}, {bh % grid.H})", *_lines(kinds.cpu(), *sizes)]))
     if limit < grid.B * grid.H:
         parts.append(f"... and {grid.B * grid.H - limit} more")
@@ -28,13 +28,14 @@ def picture(mask: BlockState, grid_size: int | tuple[int, int], limit: int) -> s
 def description(mask: BlockState) -> str:
     """What a BlockMask is, a line for each thing."""
     try:
-        lists = mask.walk.csr
+        lists = mask._lists
     except (TypeError, ValueError) as error:
         return f"BlockMask(shape={mask.grid.shape}, of leaves that are no lists: {error})"
+    full, every = int(lists.full_counts.sum()), mask.grid.flat_rows * mask.grid.columns
     lines = [
         f"shape={mask.grid.shape}",
         f"BLOCK_SIZE={mask.BLOCK_SIZE}",
-        f"blocks=(partial={len(lists.indices)}, full={len(lists.full_indices)}, of={mask.grid.flat_rows * mask.grid.columns})",
+        f"blocks=(partial={len(lists.indices)}, full={full}, of={every})",
         f"sparsity={sparsity(lists, mask.grid):.2f}%",
         f"device={mask.device}",
         f"mask_mod={name_of(mask.mask_mod)}",

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexref.blocks.lists import EMPTY, FULL, PARTIAL, Grid, Lists, from_runs
+from flexref.blocks.lists import EMPTY, FULL, PARTIAL, Grid, Lists
+from flexref.blocks.runs import Runs, merged, written_out
 from flexref.program.interval import Interval, interval
 
 # a side has at most so many tiles to begin with, and an open tile is split into so many a side
@@ -118,11 +119,12 @@ def _settled(classify: Kinds, tiles: Tiles, grid: Grid, decide: Callable[[Tensor
 
 def lists_of(found: dict[int, list[Tiles]], grid: Grid, device: torch.device) -> Lists:
     """The lists of what `split` found."""
-    return Lists(*_listed(found[PARTIAL], grid, device), *_listed(found[FULL], grid, device))
+    lists = Lists(*written_out(*_listed(found[PARTIAL], grid)), *_listed(found[FULL], grid))
+    return Lists(*(x.to(device) for x in lists))
 
 
-def _listed(parts: list[Tiles], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Offsets and indices of what the tiles cover, which do not overlap."""
+def _listed(parts: list[Tiles], grid: Grid) -> Runs:
+    """The runs of what the tiles cover, which do not overlap."""
     tiles = Tiles(*(torch.cat(columns) for columns in zip(_whole(grid).pick(slice(0)), *parts, strict=True)))
     heights = tiles.row_end - tiles.row
     which = torch.repeat_interleave(torch.arange(len(heights), device="cpu"), heights)
@@ -130,4 +132,4 @@ def _listed(parts: list[Tiles], grid: Grid, device: torch.device) -> tuple[Tenso
     row = tiles.plane[which] * grid.rows + tiles.row[which] + below
     order = (row * max(grid.columns, 1) + tiles.column[which]).argsort()
     which = which[order]
-    return from_runs(row[order], tiles.column[which], tiles.column_end[which] - tiles.column[which], grid.flat_rows, device)
+    return merged(row[order], tiles.column[which], tiles.column_end[which] - tiles.column[which], grid.flat_rows)

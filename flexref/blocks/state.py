@@ -1,12 +1,11 @@
 """What a BlockMask holds and nobody can change: grid, lists and mask_mod; and how it is copied, pickled and flattened.
 
 Engines read memory where the lists say, so the lists that they read (`Walk`) are handed out to nobody: what a user can lay
-hands on, such as csr or kv_indices, is a copy, and lists from outside are copied first and checked then.
+hands on, such as runs, csr or kv_indices, is a copy, and lists from outside are copied first and checked then.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from typing import Any, NoReturn, Self
 
 import torch
@@ -14,7 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from flexref.blocks.inputs import check_list, check_mask_mod, checked_block_size, checked_sizes
-from flexref.blocks.lists import Grid, Lists, by_work, first_problem, transpose
+from flexref.blocks.lists import Blocks, Grid, Lists, one_by_one
+from flexref.blocks.sound import check_fits, first_problem
+from flexref.blocks.walk import Walk
 from flexref.program.mod_objects import moved, name_of, same_mod
 
 _LISTS = "BlockMask.from_kv_blocks(...) makes one of other lists"
@@ -30,36 +31,12 @@ INSTEAD = {
 }
 # what a group of copies is made of, for the message that says which was written
 _NAMES = {
-    "csr": tuple(f"csr.{name}" for name in Lists._fields),
-    "csc": tuple(f"csc.{name}" for name in Lists._fields),
+    "runs": tuple(f"runs.{name}" for name in Lists._fields),
+    "csr": tuple(f"csr.{name}" for name in Blocks._fields),
+    "csc": tuple(f"csc.{name}" for name in Blocks._fields),
     "by_row": ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"),
     "by_column": ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"),
 }
-
-
-class Walk:
-    """The lists that engines read: sound, on the mask's device, contiguous, and nobody else's. Never written.
-
-    csr lists columns by flat row (b * H + h) * rows + row; csc lists rows by flat column (b * H + h) * columns + column.
-    """
-
-    def __init__(self, grid: Grid, csr: Lists):
-        self.grid, self.csr = grid, csr
-
-    @cached_property
-    def csc(self) -> Lists:
-        """The same blocks by column."""
-        return Lists(*transpose(*self.csr[:2], self.grid), *transpose(*self.csr[2:], self.grid))
-
-    @cached_property
-    def row_order(self) -> Tensor:
-        """int32 (B * H * rows,): the flat rows of csr, those that list the most blocks first, for launching in that order."""
-        return by_work(self.csr)
-
-    @cached_property
-    def column_order(self) -> Tensor:
-        """int32 (B * H * columns,): the flat columns of csc, those that list the most blocks first."""
-        return by_work(self.csc)
 
 
 class BlockState:
@@ -71,6 +48,7 @@ class BlockState:
     _mask_mod: Callable
     _separate: bool
     _agrees: bool
+    _in_mod: Any
     _copies: dict[str, tuple[tuple, list]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -87,7 +65,8 @@ class BlockState:
     def _set(self, grid: Grid, walk: Walk | None, leaves: tuple | None, mask_mod, separate: bool, agrees: bool) -> None:
         # _agrees: whether the lists are known to allow exactly what mask_mod does
         vars(self).update(_grid=grid, _walk=walk, _leaves=leaves, _mask_mod=mask_mod, _separate=separate, _agrees=agrees)
-        vars(self).update(_copies={})
+        # _in_mod: the same mask with its lists in its mask_mod, where these say other things
+        vars(self).update(_copies={}, _in_mod=None)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         instead = INSTEAD.get(name, _LISTS if hasattr(type(self), name) else "keep what belongs to it beside it")
@@ -134,7 +113,7 @@ class BlockState:
     @property
     def device(self) -> torch.device:
         """Where the lists are."""
-        return self._lists.offsets.device
+        return self.walk.runs.offsets.device
 
     @property
     def walk(self) -> Walk:
@@ -147,17 +126,22 @@ class BlockState:
 
     @property
     def _lists(self) -> Lists:
-        return self.walk.csr
+        return self.walk.lists
 
     @property
-    def csr(self) -> Lists:
-        """A copy of the lists by row of query blocks; engines read `walk`."""
-        return Lists(*self._copied("csr", lambda: [x.clone() for x in self._lists]))
+    def runs(self) -> Lists:
+        """A copy of the lists by row as they are held: full blocks as runs. Engines read `walk`."""
+        return Lists(*self._copied("runs", lambda: [x.clone() for x in self._lists]))
 
     @property
-    def csc(self) -> Lists:
-        """A copy of the lists by column; engines read `walk`."""
-        return Lists(*self._copied("csc", lambda: [x.clone() for x in self.walk.csc]))
+    def csr(self) -> Blocks:
+        """A copy of the lists by row of query blocks, each block by itself."""
+        return Blocks(*self._copied("csr", lambda: _copy_of_each(self._lists)))
+
+    @property
+    def csc(self) -> Blocks:
+        """A copy of the lists by column, each block by itself."""
+        return Blocks(*self._copied("csc", lambda: _copy_of_each(self.walk.column_runs)))
 
     def _copied(self, group: str, make: Callable[[], Iterable]) -> tuple:
         if group not in self._copies:
@@ -188,6 +172,7 @@ def loaded(kind: type[BlockState], grid: tuple, lists: tuple, mask_mod: Callable
         raise TypeError(f"this is no pickled BlockMask: {kind} of {grid}")
     check_mask_mod(mask_mod)
     sizes = Grid(*checked_sizes(*grid[:4]), *checked_block_size(grid[4:]))
+    check_fits(sizes)
     mask = kind.__new__(kind)
     mask._set(sizes, Walk(sizes, _adopted(lists, sizes)), None, mask_mod, bool(separate), bool(agrees))
     return mask
@@ -208,6 +193,12 @@ def _adopted(leaves: tuple | None, grid: Grid) -> Lists:
     if found:
         raise ValueError(f"BlockMask of shape {grid[:4]}: {found}")
     return lists
+
+
+def _copy_of_each(lists: Lists) -> Iterable[Tensor]:
+    # only what is written out is new already
+    offsets, indices, *full = one_by_one(lists)
+    return [offsets.clone(), indices.clone(), *full]
 
 
 def _versions(tensors: Iterable) -> list:
@@ -234,7 +225,7 @@ class _Context:
 
 
 def _flatten(mask: BlockState) -> tuple[list, _Context]:
-    return list(mask.csr if mask._leaves is None else mask._leaves), _Context(mask)
+    return list(mask.runs if mask._leaves is None else mask._leaves), _Context(mask)
 
 
 def _flatten_with_keys(mask: BlockState) -> tuple[list, _Context]:

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from flexref.blocks.inputs import check_list, check_mask_mod, checked_block_size, checked_lengths
-from flexref.blocks.lists import Grid, Lists, first_problem, from_padded, to_padded
+from flexref.blocks.lists import Grid, Lists, from_padded, to_padded
 from flexref.blocks.mask_mods import noop_mask
-from flexref.blocks.state import BlockState, Walk
+from flexref.blocks.runs import runs_of, written_out
+from flexref.blocks.sound import check_fits, first_problem
+from flexref.blocks.state import BlockState
+from flexref.blocks.walk import Walk
 from flexref.program.compiled import original
+from flexref.program.mod_objects import attribute
 
 Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -95,11 +99,11 @@ class TorchForm(BlockState):
     @property
     def _by_column(self) -> Columns:
         grid = self.grid
-        return self._copied("by_column", lambda: self._padded(self.walk.csc, grid.columns, grid.rows))  # type: ignore[return-value]
+        return self._copied("by_column", lambda: self._padded(self.walk.column_runs, grid.columns, grid.rows))  # type: ignore[return-value]
 
     def _padded(self, lists: Lists, rows: int, columns: int) -> tuple[Any, ...]:
         shape = self.grid.B, self.grid.H, rows
-        full = to_padded(*lists[2:], shape, columns) if self.separate_full_blocks else (None, None)
+        full = to_padded(*written_out(*lists.full), shape, columns) if self.separate_full_blocks else (None, None)
         return *to_padded(*lists[:2], shape, columns), *full
 
     @property
@@ -163,7 +167,7 @@ class TorchForm(BlockState):
 def from_torch_arguments(block_mask: Any) -> dict[str, Any]:
     """What BlockMask.from_kv_blocks needs to make the mask that torch's `block_mask` is."""
     mod = block_mask.mask_mod
-    name = getattr(mod, "__name__", "") if getattr(mod, "__module__", "").startswith("torch.nn.attention") else ""
+    name = attribute(mod, "__name__", "") if attribute(mod, "__module__", "").startswith("torch.nn.attention") else ""
     if name == "_sliced_mask_mod_error":
         raise ValueError(
             "this torch BlockMask is a slice, which has lost its mask_mod; take BlockMask.from_torch of the whole mask "
@@ -205,7 +209,8 @@ def lists_from_tensors(
             f"kv_num_blocks has {counts.shape[2]} rows, but {grid.q_len} queries in blocks of {grid.q_block} make "
             f"{grid.rows}; mind seq_lengths and BLOCK_SIZE"
         )
-    return grid, Lists(*from_padded(counts, indices), *from_padded(*full))
+    check_fits(grid)
+    return grid, Lists(*from_padded(counts, indices), *runs_of(*from_padded(*full)))
 
 
 def _checked(name: str, counts: Any, indices: Any) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from torch.utils._device import DeviceContext
 from flexref.program import steady
 from flexref.program.code_reads import leads_out, literals_of, reads_of
 from flexref.program.object_state import NotUnderstood, ObjectState
+from flexref.program.places import code_of
 
 # a mod that reaches more is quicker traced than looked at
 _MOST_OBJECTS, _DEEPEST = 2000, 60
@@ -93,7 +94,7 @@ def leaves_of(fn: Callable) -> Leaves:
         walk.leaves.key = walk.visit(fn, 0), torch.get_default_dtype(), _modes()
     except NotUnderstood as what:
         walk.leaves.why = str(what)
-        code = getattr(fn, "__code__", None) or getattr(vars(type(fn)).get("__call__"), "__code__", None)
+        code = code_of(fn)
         walk.leaves.literals = frozenset() if code is None else literals_of(code)
     return walk.leaves
 

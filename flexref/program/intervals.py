@@ -11,18 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flexref.program.interval import Interval, interval
+from flexref.program.interval import Interval, interval, known, rounded
 from flexref.program.ir import Graph, Node
 from flexref.program.range_tables import Reader
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 _INF = float("inf")
-# a float comparison is only trusted if it holds by more than what rounding in float32 can change
-_MARGIN = 1e-4
 _EXACT = float(1 << 53)
+_TRUE = torch.tensor(True, device="cpu")
+# by how much a division may miss that does not round to the nearest number
+_QUOTIENT = 2.0**-21
 
-
-WIDEST = {"bool": interval(0.0, 1.0), "int": interval(-_INF, _INF), "float": interval(-_INF, _INF)}
+WIDEST = {
+    "bool": interval(0.0, 1.0),
+    "int": interval(-_INF, _INF),
+    "float": Interval(*interval(-_INF, _INF)[:2], _TRUE),
+}
 
 
 def evaluate_intervals(
@@ -31,28 +35,24 @@ def evaluate_intervals(
     load: Callable[[Node, list[Interval]], Interval],
     scalars: Sequence[int | float] | None,
 ) -> list[Interval]:
-    """The interval of every node; `scalars` None means that nothing is known of them."""
+    """The interval of every node, as engines calculate it, in float32 or in float64; `scalars` None: nothing is known of them."""
     values: list[Interval] = []
     for node in graph.nodes:
         args = [values[a] for a in node.args]
         value = WIDEST[node.type]
         if node.op == "input":
-            values.append(inputs.get(str(node.attr), value))
-            continue
-        if node.op == "const":
+            value = inputs.get(str(node.attr), value)
+        elif node.op == "const":
             value = interval(float(node.attr))  # type: ignore[arg-type]
         elif node.op == "scalar" and scalars is not None:
             value = interval(float(scalars[int(node.attr)]))  # type: ignore[arg-type]
         elif node.op == "load":
             value = load(node, args)
-        elif node.op in _COMPARE:
-            exact = all(graph.nodes[a].type != "float" for a in node.args)
-            value = _compare(node.op, *args, margin=0.0 if exact else _MARGIN)
+        elif node.op in _FLOAT and graph.nodes[node.args[0]].type == "float":
+            value = known(_FLOAT[node.op](*args))
         elif node.op in _RULES:
-            value = _known(_RULES[node.op](*args))
-            if node.op == "remainder" and node.type == "int":
-                value = _int_remainder(value, args[1])
-        values.append(_whole(value) if node.type == "int" else value)
+            value = known(_RULES[node.op](*args))
+        values.append(_whole(value) if node.type == "int" else rounded(value) if node.type == "float" else value)
     return values
 
 
@@ -67,7 +67,7 @@ class Classifier:
         """EMPTY, FULL or PARTIAL (not known): int8 (N,). Each input is a point, or (N,) of first and last."""
         inputs = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
         empty, full = self.decided(evaluate_intervals(self.graph, inputs, self._load, self.scalars))
-        ends = [end for index in inputs.values() for end in index]
+        ends = [end for index in inputs.values() for end in index[:2]]
         count = len(torch.broadcast_tensors(torch.zeros(1, device="cpu"), *ends)[0])
         kind = torch.full((count,), PARTIAL, dtype=torch.int8, device="cpu")
         return kind.masked_fill_(full, FULL).masked_fill_(empty, EMPTY)
@@ -100,71 +100,119 @@ def index_ranges(
     return found
 
 
-def _known(x: Interval) -> Interval:
-    """NaN, as from inf - inf, means not known."""
-    low = torch.where(x.low.isnan(), -_INF, x.low)
-    return Interval(low, torch.where(x.high.isnan(), _INF, x.high))
-
-
 def _whole(x: Interval) -> Interval:
-    """Of integers beyond 53 bits, which float64 rounds and 64 bits may wrap, nothing is known."""
+    """Of integers beyond 53 bits, which float64 rounds and 64 bits may wrap, nothing is known; and none is NaN."""
     beyond = (x.low <= -_EXACT) | (x.high >= _EXACT)
     return Interval(torch.where(beyond, -_INF, x.low), torch.where(beyond, _INF, x.high))
 
 
-def _compare(op: str, a: Interval, b: Interval, margin: float) -> Interval:
-    gap = 0.0
-    if margin:
-        ends = [x.abs().nan_to_num(posinf=0.0) for x in (*a, *b)]
-        gap = margin * (ends[0] + ends[1] + ends[2] + ends[3])
-    if op in ("gt", "ge"):
-        a, b, op = b, a, {"gt": "lt", "ge": "le"}[op]
-    if op in ("lt", "le"):
-        always = (a.high + gap < b.low) if op == "lt" or margin else (a.high <= b.low)
-        never = (a.low >= b.high + gap) if op == "lt" and not margin else (a.low > b.high + gap)
-        return Interval(always.double(), (~never).double())
-    point = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
-    apart = (a.high + gap < b.low) | (b.high + gap < a.low)
-    same = Interval((point if not margin else torch.zeros_like(point)).double(), (~apart).double())
-    return same if op == "eq" else Interval(1 - same.high, 1 - same.low)
+def _less(a: Interval, b: Interval, equal: bool) -> Interval:
+    """Of numbers: NaN is less than nothing, and not equal to anything."""
+    always = (a.high <= b.low if equal else a.high < b.low) & ~(a.nan | b.nan)
+    never = a.low > b.high if equal else a.low >= b.high
+    return Interval(always.double(), (~never).double())
+
+
+def _equal(a: Interval, b: Interval) -> Interval:
+    always = (a.low == a.high) & (b.low == b.high) & (a.low == b.low) & ~(a.nan | b.nan)
+    never = (a.high < b.low) | (b.high < a.low)
+    return Interval(always.double(), (~never).double())
+
+
+def _not(a: Interval) -> Interval:
+    return Interval(1 - a.high, 1 - a.low)
+
+
+def _add(a: Interval, b: Interval) -> Interval:
+    opposite = (a.high == _INF) & (b.low == -_INF) | (a.low == -_INF) & (b.high == _INF)
+    return Interval(a.low + b.low, a.high + b.high, a.nan | b.nan | opposite)
+
+
+def _neg(a: Interval) -> Interval:
+    return Interval(-a.high, -a.low, a.nan)
 
 
 def _mul(a: Interval, b: Interval) -> Interval:
     products = torch.stack(torch.broadcast_tensors(a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high))
-    return Interval(products.amin(0), products.amax(0))
+    endless = _holds_zero(a) & _is_endless(b) | _holds_zero(b) & _is_endless(a)
+    return Interval(products.amin(0), products.amax(0), a.nan | b.nan | endless)
 
 
-def _divided(a: Interval, b: Interval, rounded: Callable[[Tensor], Tensor]) -> Interval:
+def _holds_zero(a: Interval) -> Tensor:
+    return (a.low <= 0) & (a.high >= 0)
+
+
+def _is_endless(a: Interval) -> Tensor:
+    return (a.low == -_INF) | (a.high == _INF)
+
+
+def _divided(a: Interval, b: Interval, whole: Callable[[Tensor], Tensor]) -> Interval:
     """By a positive divisor, which keeps the order; else not known."""
-    ends = [rounded(x / y) for x in a for y in b]
+    ends = [whole(x / y) for x in a[:2] for y in b[:2]]
     ends = torch.stack(torch.broadcast_tensors(*ends))
     positive = b.low > 0
-    return Interval(torch.where(positive, ends.amin(0), -_INF), torch.where(positive, ends.amax(0), _INF))
+    low, high = torch.where(positive, ends.amin(0), -_INF), torch.where(positive, ends.amax(0), _INF)
+    return Interval(low, high, a.nan | b.nan | ~positive)
+
+
+def _quotient(a: Interval, b: Interval) -> Interval:
+    """Of floats: as rounded, and as far off as an engine's quick division may be."""
+    exact = known(_divided(a, b, lambda x: x))
+    return rounded(Interval(exact.low - exact.low.abs() * _QUOTIENT, exact.high + exact.high.abs() * _QUOTIENT, exact.nan))
+
+
+def _floor_quotient(a: Interval, b: Interval) -> Interval:
+    """PyTorch goes by the remainder, which an infinite number has not."""
+    x, endless = _quotient(a, b), _is_endless(a) | _is_endless(b)
+    low, high = torch.where(endless, -_INF, x.low.floor()), torch.where(endless, _INF, x.high.floor())
+    return Interval(low, high, x.nan | endless)
+
+
+def _rounding(whole: Callable[[Tensor], Tensor]) -> Callable[[Interval], Interval]:
+    return lambda a: Interval(whole(a.low), whole(a.high), a.nan)
+
+
+def _to_int(a: Interval) -> Interval:
+    """What NaN becomes, or what 64 bits do not hold, is another number on every machine."""
+    lost = a.nan | (a.low <= -_EXACT) | (a.high >= _EXACT)
+    return Interval(torch.where(lost, -_INF, a.low.trunc()), torch.where(lost, _INF, a.high.trunc()))
 
 
 def _remainder(a: Interval, b: Interval) -> Interval:
+    """Of whole numbers: at most one less than a positive divisor."""
     point = (b.low == b.high) & (b.low > 0)
     turn = torch.floor(a.low / b.low)
     same_turn = point & (turn == torch.floor(a.high / b.low))
     low = torch.where(same_turn, a.low - turn * b.low, torch.where(b.low > 0, 0.0, -_INF))
-    high = torch.where(same_turn, a.high - turn * b.low, torch.where(b.low > 0, b.high, _INF))
+    high = torch.where(same_turn, a.high - turn * b.low, torch.where(b.low > 0, b.high - 1, _INF))
     return Interval(low, high)
 
 
-def _int_remainder(x: Interval, divisor: Interval) -> Interval:
-    """Of whole numbers: at most one less than a positive divisor."""
-    return Interval(x.low, torch.where(divisor.low > 0, torch.minimum(x.high, divisor.high - 1), x.high))
+def _float_remainder(a: Interval, b: Interval) -> Interval:
+    """From 0 to a positive divisor, which rounding may reach; of an infinite number it is NaN."""
+    high = torch.where(b.low > 0, b.high, _INF)
+    no_number = _is_endless(a) | _is_endless(b) | (b.low <= 0)
+    return Interval(torch.where(b.low > 0, 0.0, -_INF), high, a.nan | b.nan | no_number)
 
 
 def _abs(a: Interval) -> Interval:
     low = torch.where((a.low <= 0) & (a.high >= 0), 0.0, torch.minimum(a.low.abs(), a.high.abs()))
-    return Interval(low, torch.maximum(a.low.abs(), a.high.abs()))
+    return Interval(low, torch.maximum(a.low.abs(), a.high.abs()), a.nan)
 
 
 def _where(c: Interval, a: Interval, b: Interval) -> Interval:
     low = torch.where(c.low > 0, a.low, torch.where(c.high < 1, b.low, torch.minimum(a.low, b.low)))
     high = torch.where(c.low > 0, a.high, torch.where(c.high < 1, b.high, torch.maximum(a.high, b.high)))
-    return Interval(low, high)
+    return Interval(low, high, (a.nan & (c.high > 0)) | (b.nan & (c.low < 1)))
+
+
+def _lower(a: Interval, b: Interval) -> Interval:
+    """NaN goes through the smaller of two."""
+    return Interval(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high), a.nan | b.nan)
+
+
+def _higher(a: Interval, b: Interval) -> Interval:
+    return Interval(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high), a.nan | b.nan)
 
 
 def _xor(a: Interval, b: Interval) -> Interval:
@@ -173,28 +221,39 @@ def _xor(a: Interval, b: Interval) -> Interval:
     return Interval(torch.where(known, value, 0.0), torch.where(known, value, 1.0))
 
 
-_COMPARE = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 _RULES: dict[str, Callable[..., Interval]] = {
-    "add": lambda a, b: Interval(a.low + b.low, a.high + b.high),
-    "sub": lambda a, b: Interval(a.low - b.high, a.high - b.low),
+    "lt": lambda a, b: _less(a, b, equal=False),
+    "le": lambda a, b: _less(a, b, equal=True),
+    "gt": lambda a, b: _less(b, a, equal=False),
+    "ge": lambda a, b: _less(b, a, equal=True),
+    "eq": _equal,
+    "ne": lambda a, b: _not(_equal(a, b)),
+    "add": _add,
+    "sub": lambda a, b: _add(a, _neg(b)),
     "mul": _mul,
-    "neg": lambda a: Interval(-a.high, -a.low),
+    "neg": _neg,
     "abs": _abs,
-    "minimum": lambda a, b: Interval(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high)),
-    "maximum": lambda a, b: Interval(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high)),
+    "minimum": _lower,
+    "maximum": _higher,
     "floor_div": lambda a, b: _divided(a, b, torch.floor),
     "trunc_div": lambda a, b: _divided(a, b, torch.trunc),
-    "div": lambda a, b: _divided(a, b, lambda x: x),
     "remainder": _remainder,
-    "and": lambda a, b: Interval(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high)),
-    "or": lambda a, b: Interval(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high)),
+    "and": _lower,
+    "or": _higher,
     "xor": _xor,
-    "not": lambda a: Interval(1 - a.high, 1 - a.low),
+    "not": _not,
     "where": _where,
     "int_to_float": lambda a: a,
     "bool_to_int": lambda a: a,
     "detach": lambda a: a,
-    "float_to_int": lambda a: Interval(a.low.trunc(), a.high.trunc()),
-    "floor": lambda a: Interval(a.low.floor(), a.high.floor()),
-    "ceil": lambda a: Interval(a.low.ceil(), a.high.ceil()),
+    "float_to_int": _to_int,
+    "floor": _rounding(torch.floor),
+    "ceil": _rounding(torch.ceil),
+}
+# of floats, where they are not those of whole numbers
+_FLOAT: dict[str, Callable[..., Interval]] = {
+    "div": _quotient,
+    "floor_div": _floor_quotient,
+    "trunc_div": lambda a, b: _rounding(torch.trunc)(_quotient(a, b)),
+    "remainder": _float_remainder,
 }

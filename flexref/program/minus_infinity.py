@@ -1,7 +1,6 @@
 """Where a score_mod is -inf whatever the score is, which is a mask (R5): `where(condition, x, -inf)` in any nesting.
 
-Sums, products and quotients with what is proved finite keep it. A position may hold NaN in its score, so nothing that NaN
-goes through, such as the smaller of two, counts.
+Sums, products and quotients with what is proved finite, and no NaN, keep it.
 """
 from __future__ import annotations
 
@@ -63,21 +62,12 @@ def _may_mask(graph: Graph) -> list[bool]:
     return may
 
 
-def _clean(graph: Graph) -> list[bool]:
-    """Nodes that no score goes into, and whose bounds would tell of a NaN."""
-    clean: list[bool] = []
-    for node in graph.nodes:
-        known = node.op not in ("minimum", "maximum") and not (node.op == "input" and node.attr == "score")
-        clean.append(known and all(clean[a] for a in node.args))
-    return clean
-
-
 class MaskedByScore(Classifier):
     """Says of tiles of positions whether a score_mod is -inf at all of them (EMPTY), at none by itself (FULL), or at some."""
 
     def __init__(self, graph: Graph, captured: Sequence[Tensor], scalars: Sequence[int | float]):
         super().__init__(graph, captured, scalars)
-        self.may, self.clean = _may_mask(graph), _clean(graph)
+        self.may = _may_mask(graph)
 
     def decided(self, values: list[Interval]) -> tuple[Tensor, Tensor]:
         """Where the result is always and where it is never -inf."""
@@ -102,18 +92,16 @@ class MaskedByScore(Classifier):
         if node.op == "const" or not self.may[i]:
             here = torch.tensor(self.may[i], device="cpu")
             return here, ~here
-        passing = [node.args[k] for k in _PASSES[node.op] if self.may[node.args[k]]]
-        rest = [a for a in node.args if not self.may[a]]
+        passes = [k for k in _PASSES[node.op] if self.may[node.args[k]]]
+        passing = [node.args[k] for k in passes]
         sound = torch.tensor(len(passing) == 1, device="cpu")
-        for arg in rest:
-            sound = sound & self._harmless(node.op, arg, values[arg])
+        # -inf - x is NaN where x is -inf, too: whatever is not what passes has to be harmless
+        for arg in (arg for k, arg in enumerate(node.args) if k not in passes):
+            sound = sound & _harmless(node.op, values[arg])
         return always[passing[0]] & sound, torch.stack(torch.broadcast_tensors(*(never[a] for a in passing))).all(0)
 
-    def _harmless(self, op: str, arg: int, value: Interval) -> Tensor:
-        """Whether -inf stays -inf beside it."""
-        if not self.clean[arg]:
-            return torch.tensor(False, device="cpu")
-        least = 1 / _FINITE if op in ("mul", "div") else -_FINITE
-        return (value.low > least) & (value.high < _FINITE)
 
-
+def _harmless(op: str, value: Interval) -> Tensor:
+    """Whether -inf stays -inf beside it."""
+    least = 1 / _FINITE if op in ("mul", "div") else -_FINITE
+    return (value.low > least) & (value.high < _FINITE) & ~value.nan

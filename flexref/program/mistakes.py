@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexref.errors import TraceError
+from flexref.program.mod_objects import signature_of
 from flexref.program.places import definition, label, name_of, trace_lines, user_line
 
 METADATA = frozenset(
@@ -37,6 +37,7 @@ _RULES = {
     "reduction": "a mod sees one score at a time, so it cannot reduce over rows or columns",
     "random": "a mod must give the same value each time it is evaluated, so it cannot draw random numbers",
     "own_backward": "the derivative of a mod is derived from its operations, so it cannot have a backward of its own",
+    "one_float": "within a mod every float is of the accumulation type (R1), and every integer has 64 bits",
     "mutation": "a mod is a pure function, so it cannot change a tensor in place",
 }
 
@@ -69,6 +70,18 @@ def refuse(fn: Callable, kind: str, name: str, args: tuple, of_tensors: bool) ->
             f"calls {_spoken(name)}",
             "write `x = x + y` for `x += y`, and return a new value",
         )
+
+
+def refuse_state(fn: Callable, kind: str, func: Callable, args: tuple) -> None:
+    """Raise TraceError for what is no matter of numbers: what earlier steps left behind, their bits, autocast."""
+    name = getattr(func, "__name__", "")
+    if name == "view" and any(isinstance(x, torch.dtype) for x in args):
+        raise _broken(fn, kind, "one_float", "calls view(dtype), which reads bits", "call it before and capture the result")
+    if name == "__get__" and getattr(func, "__self__", None) is Tensor.grad:
+        what, instead = "asks a captured tensor for grad", "read it before the call and capture what it is"
+        raise _broken(fn, kind, "decision", what, instead)
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise _broken(fn, kind, "one_float", "turns autocast on", "convert the result with .to(dtype) before the call")
 
 
 def refuse_number(fn: Callable, kind: str, func: Callable, name: str) -> None:
@@ -118,7 +131,7 @@ def _broken(fn: Callable, kind: str, rule: str, what: str, instead: str) -> Trac
 
 def wrong_arity(fn: Callable, kind: str, names: tuple[str, ...]) -> TraceError:
     try:
-        got = f"{label(fn)}{inspect.signature(fn)}"
+        got = f"{label(fn)}{signature_of(fn, follow_wrapped=True)}"
     except (TypeError, ValueError):
         got = label(fn)
     hint = {

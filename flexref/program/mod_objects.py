@@ -2,11 +2,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from flexref.interrupts import of_a_signal
 
 # what functions carry beside their meaning, and functools.update_wrapper sets
 LABELS = frozenset((*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "__annotations__", "__signature__"))
@@ -64,9 +68,31 @@ class CallableMod:
         return copy
 
 
+def attribute(x: object, name: str, default: Any = None) -> Any:
+    """An attribute that an object of anybody's may have, whose own __getattr__ may raise whatever it likes."""
+    try:
+        return getattr(x, name, default)
+    except Exception as error:
+        if of_a_signal(error):
+            raise
+        return default
+
+
+def signature_of(fn: Callable, follow_wrapped: bool = False) -> inspect.Signature:
+    """How `fn` is called. Raises TypeError or ValueError where nobody can tell."""
+    try:
+        return inspect.signature(fn, follow_wrapped=follow_wrapped)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        if of_a_signal(error):
+            raise
+        raise ValueError(f"{type(fn).__name__} does not tell how it is called: {type(error).__name__}: {error}") from error
+
+
 def name_of(mod: object) -> str:
     """What to call a mod in a message."""
-    return str(getattr(mod, "__name__", None) or repr(mod))
+    return str(attribute(mod, "__name__") or repr(mod))
 
 
 def same_mod(a: object, b: object) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexref.program.closure import Leaves, leaves_of
-from flexref.program.compiled import original
+from flexref.program.compiled import no_autocast, original
 from flexref.program.ir import Graph, Node, differentiable_loads
 from flexref.program.recipes import Made, Recipe, make, roots_of
 from flexref.program.trace import Traced, trace
@@ -81,7 +81,7 @@ def _captured(recipes: tuple[Recipe, ...], roots: tuple[Tensor, ...]) -> tuple[T
     for root in roots:
         check_memory("a captured tensor", root)
     # the caller's autocast is none of the mod's: it was traced without
-    with torch._C._DisableAutocast():
+    with no_autocast():
         return tuple([make(recipe, roots) for recipe in recipes])
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexref.program import steady
+from flexref.program.mod_objects import attribute
 
 # of a class: data that speaks of the class itself, and that no code reads that is understood (code_reads.py)
 _UNREAD = frozenset(
@@ -105,7 +106,7 @@ class ObjectState:
         if isinstance(x, torch.nn.Module) and _hooked():
             raise NotUnderstood("PyTorch's global module hooks are in use")
         if not (isinstance(x, enum.Enum) or steady.is_python_class(kind)) or isinstance(x, Tensor):
-            name = getattr(x, "__name__", None)
+            name = attribute(x, "__name__")
             label = f"`{name}`" if isinstance(name, str) else "an object"
             raise NotUnderstood(f"{label} of type {kind.__module__}.{kind.__qualname__} may change unseen")
         parts: list[Any] = [kind, self.cls(kind, depth, as_value=False)]

@@ -53,13 +53,17 @@ class Partial:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise mistakes.partial(next(x for x in flatten(args) if isinstance(x, Partial)))
+        raise next(x for x in flatten(args) if isinstance(x, Partial)).refused()
 
     def __getattr__(self, name: str):
-        raise mistakes.partial(self)
+        raise self.refused()
+
+    def refused(self) -> Exception:
+        """What is wrong with it where a number is wanted."""
+        return self.recorder.refuse(mistakes.partial(self))
 
     def _number(self, *_):
-        raise mistakes.partial(self)
+        raise self.refused()
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = (
         _number

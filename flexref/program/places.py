@@ -7,9 +7,12 @@ import linecache
 import os
 import sys
 from collections.abc import Callable
+from types import CodeType
 
 import torch
 from torch import Tensor
+
+from flexref.program.mod_objects import attribute
 
 NAMELESS = "captured tensor"
 _OURS = os.path.dirname(os.path.abspath(__file__))
@@ -30,15 +33,21 @@ def label(fn: Callable) -> str:
     """The name that a user gave the mod."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    return f"`{getattr(fn, '__name__', type(fn).__name__)}`"
+    return f"`{attribute(fn, '__name__', type(fn).__name__)}`"
 
 
 def definition(fn: Callable) -> str:
     """file:line of the mod's definition."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    code = getattr(fn, "__code__", None) or getattr(vars(type(fn)).get("__call__"), "__code__", None)
+    code = code_of(fn)
     return _place(code.co_filename, code.co_firstlineno) if code else "an unknown place"
+
+
+def code_of(fn: Callable) -> CodeType | None:
+    """The code of a function, or of an object's __call__; None for what is not written in Python."""
+    code = attribute(fn, "__code__") or attribute(vars(type(fn)).get("__call__"), "__code__")
+    return code if isinstance(code, CodeType) else None
 
 
 def user_line(fn: Callable) -> str:
@@ -79,7 +88,7 @@ def name_of(tensor: Tensor, fn: Callable) -> str:
 
 def _held_name(holder: object, tensor: Tensor) -> str | None:
     """The attribute of an object, or the parameter or buffer of a module, that is `tensor`."""
-    state = getattr(holder, "__dict__", {})
+    state = attribute(holder, "__dict__", {})
     for held in (state, state.get("_parameters"), state.get("_buffers")):
         for name, value in (held or {}).items():
             if value is tensor:

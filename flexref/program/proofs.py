@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from flexref.program.interval import interval
-from flexref.program.intervals import evaluate_intervals, index_ranges
+from flexref.program.intervals import WIDEST, evaluate_intervals, index_ranges
 from flexref.program.ir import Graph
 
 WIDEST_INT = 2**31 - 1
@@ -20,9 +20,8 @@ def small_ints(graph: Graph, extents: Mapping[str, int]) -> frozenset[int]:
 @lru_cache(maxsize=512)
 def _small_ints(graph: Graph, extents: tuple[tuple[str, int], ...]) -> frozenset[int]:
     inputs = {name: interval(0.0, max(extent - 1.0, 0.0)) for name, extent in extents}
-    wide = interval(-float("inf"), float("inf"))
     # a captured number is another one at the next call, so nothing is known of it here
-    ranges = evaluate_intervals(graph, inputs, lambda node, indices: wide, scalars=None)
+    ranges = evaluate_intervals(graph, inputs, lambda node, indices: WIDEST[node.type], scalars=None)
     fits = {i for i, x in enumerate(ranges) if float(x.low) >= -WIDEST_INT and float(x.high) <= WIDEST_INT}
     return frozenset(i for i in fits if graph.nodes[i].type == "int" and graph.nodes[i].op not in ("load", "scalar"))
 

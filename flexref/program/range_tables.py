@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexref.program.interval import Interval
+from flexref.program.interval import Interval, interval
 
 # a longer dimension is reduced to the extremes of chunks first, which keeps a table below a few megabytes
 _FINE, _CHUNK = 1 << 14, 16
@@ -24,10 +24,11 @@ class Reader:
         tensor = self.tensor
         if tensor.dtype.is_complex or tensor.dtype == torch.uint64:
             return unknown
-        ends = torch.broadcast_tensors(*(end for index in indices for end in index), unknown.low)
+        ends = torch.broadcast_tensors(*(end for index in indices for end in index[:2]), unknown.low)
         shape = ends[0].shape
         lows, highs = [x.reshape(-1) for x in ends[:-1:2]], [x.reshape(-1) for x in ends[1:-1:2]]
-        low, high = (end.expand(shape).reshape(-1).clone() for end in unknown)
+        low, high = (end.expand(shape).reshape(-1).clone() for end in unknown[:2])
+        nan = unknown.nan.expand(shape).reshape(-1).clone()
         varying = torch.zeros(low.shape, dtype=torch.int64, device="cpu")
         within = torch.ones(low.shape, dtype=torch.bool, device="cpu")
         for first, last, size in zip(lows, highs, tensor.shape, strict=True):
@@ -36,13 +37,14 @@ class Reader:
         points = within & (varying == 0)
         if points.any():
             at = tuple(x[points].long().to(tensor.device) for x in lows)
-            low[points] = high[points] = tensor[at].to("cpu", torch.float64).reshape(-1)
+            low[points], high[points], nan[points] = interval(tensor[at].to("cpu", torch.float64).reshape(-1))
         if tensor.numel() <= _LARGEST:
             for dim in range(tensor.dim()):
                 chosen = within & (varying == 1) & (lows[dim] != highs[dim])
                 if chosen.any():
-                    low[chosen], high[chosen] = self._range(dim, [x[chosen].long() for x in lows], highs[dim][chosen].long())
-        return Interval(low.reshape(shape), high.reshape(shape))
+                    read = self._range(dim, [x[chosen].long() for x in lows], highs[dim][chosen].long())
+                    low[chosen], high[chosen], nan[chosen] = read
+        return Interval(low.reshape(shape), high.reshape(shape), nan.reshape(shape))
 
     def _range(self, dim: int, first: list[Tensor], last: Tensor) -> Interval:
         """From first[dim] to last along `dim`, at first in all others."""
@@ -87,4 +89,5 @@ class _Table:
             left, right = (*rows, first[at]), (*rows, last[at] - (1 << i) + 1)
             low[at] = torch.minimum(self.lows[i][left], self.lows[i][right]).double()
             high[at] = torch.maximum(self.highs[i][left], self.highs[i][right]).double()
-        return Interval(low, high)
+        # the least of numbers with a NaN among them is NaN
+        return interval(low, high)

@@ -12,8 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexref.one_float import OneFloat, asks_what_it_is, whole_products
 from flexref.program.repeatable import why_not_asked, why_not_repeated
 from flexref.tensor_gate import check_memory
+
+# what moves numbers and computes none: it needs no other width, and most of it no memory
+_MOVES = frozenset(
+    """__getitem__ view reshape transpose permute movedim moveaxis swapaxes swapdims squeeze unsqueeze flatten unflatten ravel
+    expand expand_as view_as reshape_as select narrow unbind chunk split tensor_split t diagonal unfold as_strided
+    detach alias contiguous clone index_select gather take repeat repeat_interleave tile flip roll broadcast_to""".split()
+)
 
 
 class Root(NamedTuple):
@@ -23,13 +31,17 @@ class Root(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The result of a function, or item `item` of it; Roots and Made stand for tensors among the arguments."""
+    """The result of a function, or item `item` of it; Roots and Made stand for tensors among the arguments.
+
+    `acc`: the one float that it was computed in (R1); None for what only moves numbers.
+    """
 
     func: Callable
     args: tuple
     kwargs: dict[str, Any]
     with_grad: bool
     item: int | None
+    acc: torch.dtype | None
 
 
 Recipe = Root | Made
@@ -45,8 +57,15 @@ def make(recipe: Recipe, roots: Sequence[Tensor]) -> Tensor:
 
     args = mapped(recipe.args, made)
     with torch.set_grad_enabled(recipe.with_grad and torch.is_grad_enabled()):
-        result = recipe.func(*args, **{k: mapped(v, made) for k, v in recipe.kwargs.items()})
+        result = _computed(recipe.acc, recipe.func, args, {k: mapped(v, made) for k, v in recipe.kwargs.items()})
     return result if recipe.item is None else result[recipe.item]
+
+
+def _computed(acc: torch.dtype | None, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if acc is None:
+        return func(*args, **kwargs)
+    with OneFloat(acc), whole_products():
+        return func(*args, **kwargs)
 
 
 def roots_of(recipe: Recipe, learned: bool = False) -> frozenset[int]:
@@ -61,9 +80,10 @@ def roots_of(recipe: Recipe, learned: bool = False) -> frozenset[int]:
 
 
 class Kitchen:
-    """Makes tensors of captured ones while a mod is traced, and remembers how."""
+    """Makes tensors of captured ones while a mod is traced, in the one float `acc`, and remembers how."""
 
-    def __init__(self) -> None:
+    def __init__(self, acc: torch.dtype) -> None:
+        self.acc = acc
         self.roots: list[Tensor] = []
         self.made: dict[int, tuple[Tensor, Made]] = {}
         # what a kept program would not see change; None if there is nothing
@@ -87,7 +107,9 @@ class Kitchen:
         # what is asked here is not asked by the mod
         with torch._C.DisableTorchFunction():
             mapped((args, tuple(kwargs.values())), lambda x: isinstance(x, Tensor) and check_memory("a captured tensor", x))
-        result = func(*args, **kwargs)
+        moves = asks_what_it_is(func) or getattr(func, "__name__", "") in _MOVES
+        acc = None if moves and not any(isinstance(x, torch.dtype) for x in args) else self.acc
+        result = _computed(acc, func, args, kwargs)
 
         def written(x):
             return self.recipe(x) if isinstance(x, Tensor) else x
@@ -98,7 +120,7 @@ class Kitchen:
         for i, x in enumerate(result if many else (result,)):
             if isinstance(x, Tensor) and id(x) not in self.made and not any(x is root for root in self.roots):
                 named = {k: mapped(v, written) for k, v in kwargs.items()}
-                how = Made(func, mapped(args, written), named, torch.is_grad_enabled(), i if many else None)
+                how = Made(func, mapped(args, written), named, torch.is_grad_enabled(), i if many else None, acc)
                 self.made[id(x)] = x, how
         return result
 

@@ -6,8 +6,6 @@ The function runs on fake 0-d tensors: `if q_idx > kv_idx` raises instead of tak
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,9 +18,11 @@ from flexref.interrupts import of_a_signal
 from flexref.program import mistakes, own_backward, places
 from flexref.program.builder import Builder, Ref, type_of
 from flexref.program.closure import Leaves
-from flexref.program.compiled import nothing_compiled
+from flexref.program.compiled import no_autocast, nothing_compiled
 from flexref.program.interpret import dtype_of
 from flexref.program.ir import INDICES, Graph
+from flexref.program.lift import captured_numbers, lift
+from flexref.program.mod_objects import signature_of
 from flexref.program.partial import Partial
 from flexref.program.recipes import Kitchen, Recipe, pick, roots_of
 from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
@@ -56,7 +56,7 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
     recorder = _Recorder(fn, kind, acc_dtype, Watch(leaves))
     builder = recorder.builder
     # the mod must not be recorded under the caller's autocast or inference settings
-    with torch._C._DisableAutocast(), torch.inference_mode(False), torch.enable_grad(), nothing_compiled():
+    with no_autocast(), torch.inference_mode(False), torch.enable_grad(), nothing_compiled():
         try:
             result = recorder.call()
             out = returned(builder, result, "float" if kind == "score" else "bool")
@@ -79,43 +79,15 @@ def check_arity(fn: Callable, kind: str) -> None:
     if not callable(fn):
         raise TraceError(f"{kind}_mod must be a function, got {type(fn).__name__}")
     try:
-        inspect.signature(fn, follow_wrapped=False).bind(*SIGNATURES[kind])
+        signature_of(fn).bind(*SIGNATURES[kind])
     except TypeError:
         raise mistakes.wrong_arity(fn, kind, SIGNATURES[kind]) from None
     except ValueError:
         return
 
 
-# a divisor that is known when the kernel is compiled is much faster, so it stays a constant
-_STAYS_CONSTANT = {"floor_div", "trunc_div", "remainder", "fmod", "pow", "shift_left", "shift_right"}
-
-
-def captured_numbers(leaves: Leaves | None) -> Callable[[int | float], bool]:
-    """Whether a constant is a captured number: one that was found or, where not all was, one that is not in the mod's code."""
-    if leaves is None:
-        return lambda value: False
-    if leaves.why:
-        return lambda value: math.isfinite(value) and value not in leaves.literals
-    return lambda value: value in leaves.numbers
-
-
-def lift(graph: Graph, is_captured: Callable[[int | float], bool]) -> tuple[Graph, tuple[int | float, ...]]:
-    """Constants that are captured numbers become scalars, so that another value needs no other kernel."""
-    pinned = {n.args[1] for n in graph.nodes if n.op in _STAYS_CONSTANT}
-    builder, places, slots = Builder(), [], []
-    for i, node in enumerate(graph.nodes):
-        number = node.op == "const" and node.type != "bool" and i not in pinned
-        if number and is_captured(node.attr):  # type: ignore[arg-type]
-            places.append(builder.node("scalar", (), node.type, len(slots)))
-            slots.append(node.attr)
-        else:
-            args = tuple(places[a] for a in node.args)
-            places.append(builder.node(node.op, args, node.type, node.attr, node.where))
-    return builder.graph({name: places[ref] for name, ref in graph.outputs}), tuple(slots)
-
-
 # integers that no engine reads as they are
-_READ_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
+_READ_AS_INT64 = (torch.uint16, torch.uint32)
 
 
 class _Recorder(TorchFunctionMode):
@@ -127,9 +99,10 @@ class _Recorder(TorchFunctionMode):
         self.captured: list[Tensor] = []
         self.names: list[str] = []
         self.builder = Builder()
-        self.kitchen = Kitchen()
+        self.kitchen = Kitchen(acc_dtype)
         self.widened: dict[int, Tensor] = {}
         self.aliased = False
+        self.refusal: Exception | None = None
 
     def call(self):
         names = SIGNATURES[self.kind]
@@ -137,7 +110,14 @@ class _Recorder(TorchFunctionMode):
         refs = [Ref(self.builder.input(name)) for name in names]
         with self, own_backward.refused(self.applies), self.watch:
             result = self.fn(*(Value(self.builder, r, d) for r, d in zip(refs, dtypes, strict=True)))
+        if self.refusal is not None:
+            raise self.refusal
         return self.result(result)
+
+    def refuse(self, error: Exception) -> Exception:
+        """The error, remembered: a mod that catches it would go on with something else than PyTorch's answer."""
+        self.refusal = self.refusal or error
+        return error
 
     def result(self, result):
         """The mod's result, checked: a bool for a mask, a number for a score, one element."""
@@ -161,7 +141,10 @@ class _Recorder(TorchFunctionMode):
         return isinstance(x, Tensor) and not isinstance(x, Value)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = self.recorded(func, args, kwargs or {})
+        try:
+            result = self.recorded(func, args, kwargs or {})
+        except (TraceError, NotPointwise) as error:
+            raise self.refuse(error) from None
         # what is computed under torch.no_grad() inside the mod has no derivative
         stopped = not torch.is_grad_enabled() and isinstance(result, Value) and result.dtype.is_floating_point
         return apply("detach", Tensor.detach, (result,), {}) if stopped else result
@@ -179,6 +162,7 @@ class _Recorder(TorchFunctionMode):
         leaves = list(flatten((args, tuple(kwargs.values()))))
         of_tensors = not any(isinstance(x, (Value, Partial)) for x in leaves)
         mistakes.refuse(self.fn, self.kind, name, args, of_tensors)
+        mistakes.refuse_state(self.fn, self.kind, func, args)
         if of_tensors and (name == "__get__" or name in mistakes.METADATA):
             self.kitchen.asked(func)
         if name in mistakes.METADATA or name == "__set__":
@@ -235,9 +219,9 @@ class _Recorder(TorchFunctionMode):
         return self.load(tensor, items) if len(items) == tensor.dim() else Partial(self, tensor, items)
 
     def load(self, tensor: Tensor, items: tuple) -> Tensor:
-        if tensor.dtype in _READ_AS:
+        if tensor.dtype in _READ_AS_INT64:
             if id(tensor) not in self.widened:
-                self.widened[id(tensor)] = self.kitchen.run(Tensor.to, tensor, _READ_AS[tensor.dtype])
+                self.widened[id(tensor)] = self.kitchen.run(Tensor.to, tensor, torch.int64)
             tensor = self.widened[id(tensor)]
         place = next((i for i, known in enumerate(self.captured) if known is tensor), len(self.captured))
         if place == len(self.captured):

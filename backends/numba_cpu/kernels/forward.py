@@ -200,12 +200,17 @@ def forward(params, worker):
         for full in range(2):
             first, last = int64(0), int64(full)
             offsets = pointer(sizes[P.full_offsets] if full else sizes[P.offsets], int64)
-            indices = pointer(sizes[P.full_indices] if full else sizes[P.indices], int32)
+            starts = pointer(sizes[P.full_starts] if full else sizes[P.indices], int32)
+            counts = pointer(sizes[P.full_counts], int32)
             if sizes[P.offsets] != 0:
                 first, last = offsets[list_row], offsets[list_row + 1]
             for at in range(first, last):
-                block = int64(indices[at]) if sizes[P.offsets] != 0 else int64(0)
-                block_end = smaller((block + 1) * sizes[P.kv_block], sizes[P.kv_len])
+                block, many = int64(0), int64(1)
+                if sizes[P.offsets] != 0:
+                    block = int64(starts[at])
+                    # full blocks are listed as runs
+                    many = int64(counts[at]) if full else many
+                block_end = smaller((block + many) * sizes[P.kv_block], sizes[P.kv_len])
                 for kv0 in range(block * sizes[P.kv_block], block_end, kv_tile):
                     if worker == sizes[P.poller]:
                         call_tile(sizes[P.poll], params, tile_at)

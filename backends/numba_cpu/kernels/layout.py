@@ -20,7 +20,7 @@ _PARAMS = (
     "counter", "errors", "tasks", "workers", "static", "scale",
     "batch", "kv_batch", "q_heads", "group", "q_len", "kv_len", "width", "value_width", "q_tile", "kv_tile",
     "tiles", "splits", "q_block", "kv_block", "rows", "row_step_b", "row_step_h",
-    "offsets", "indices", "full_offsets", "full_indices", "lse", "lse_grad", "max_scores",
+    "offsets", "indices", "full_offsets", "full_starts", "full_counts", "lse", "lse_grad", "max_scores",
     "row_max", "log_sum", "scratch", "scratch_size",
     "partial", "accumulators", "accumulators_size", "mask_tile", "score_tile", "grad_tile", "gemm", "transpose", "captured",
     "floats", "ints",
