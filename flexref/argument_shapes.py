@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
 
 NAMES = ("query", "key", "value")
 # which of query, key and value may have been handed in as (B, L, H, D), the most likely first
@@ -19,7 +23,7 @@ def check_shapes(query: Sequence[int], key: Sequence[int], value: Sequence[int],
         raise ValueError(f"{problem}{_turned(query, key, value, enable_gqa)}.")
 
 
-def turned_lengths(query: Sequence[int], key: Sequence[int], lengths: Sequence[int]) -> str:
+def _turned_lengths(query: Sequence[int], key: Sequence[int], lengths: Sequence[int]) -> str:
     """The hint where a block mask of `lengths` (query, key) fits once query and key are transposed; "" otherwise."""
     return _hint(NAMES) if (query[1], key[1]) == tuple(lengths) else ""
 
@@ -73,3 +77,34 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(value):
         raise ValueError(f"scale must be finite, got {scale}.")
     return value
+
+
+def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:
+    """Raise ValueError for a block mask of other lengths, batches, heads or device than query and key have."""
+    block_mask.check_lists()
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if tuple(block_mask.seq_lengths) != (q_len, kv_len):
+        raise ValueError(
+            f"block_mask is for lengths (query, key) {tuple(block_mask.seq_lengths)}, but query and key have {(q_len, kv_len)}; "
+            f"make it with Q_LEN={q_len}, KV_LEN={kv_len}, or use block_mask.resize({q_len}, {kv_len})"
+            f"{_turned_lengths(query.shape, key.shape, block_mask.seq_lengths)}."
+        )
+    for name, have, want in (("B", block_mask.B, query.shape[0]), ("H", block_mask.H, query.shape[1])):
+        if have not in (1, want):
+            what = "batch" if name == "B" else "number of query heads"
+            raise ValueError(f"block_mask has {name}={have}; it must be 1 or query's {what} {want}.")
+    device = torch.device(block_mask.device)
+    if device.type != query.device.type or (device.index or 0) != (query.device.index or 0):
+        raise ValueError(
+            f"block_mask is on {block_mask.device} but query is on {query.device}; use block_mask.to({str(query.device)!r})."
+        )
+
+
+def check_serves(block_mask: Any, reads: Callable[[str], bool], query: Sequence[int]) -> None:
+    """Raise ValueError where the blocks of batch or head 0 are to be those of all, and mask_mod would say otherwise."""
+    for name, index, have, want in (("B", "b", block_mask.B, query[0]), ("H", "h", block_mask.H, query[1])):
+        if have == 1 < want and reads(index):
+            raise ValueError(
+                f"block_mask was made with {name}=1, but its mask_mod reads {index} and query has {want}; "
+                f"make it with {name}={want}."
+            )

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from flexref.argument_shapes import check_shapes, checked_scale, turned_lengths
+from flexref.argument_shapes import check_block_mask, check_serves, check_shapes, checked_scale
 from flexref.arrays import shared_tensors
 from flexref.blocks.found import Found, find_mask, question
 from flexref.blocks.mask import BlockMask, mask_of_call, noop_mask
@@ -155,26 +155,6 @@ def _taken(theirs) -> BlockMask:
     return known[2]
 
 
-def _check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
-    block_mask.check_lists()
-    q_len, kv_len = query.shape[2], key.shape[2]
-    if tuple(block_mask.seq_lengths) != (q_len, kv_len):
-        raise ValueError(
-            f"block_mask is for lengths (query, key) {tuple(block_mask.seq_lengths)}, but query and key have {(q_len, kv_len)}; "
-            f"make it with Q_LEN={q_len}, KV_LEN={kv_len}, or use block_mask.resize({q_len}, {kv_len})"
-            f"{turned_lengths(query.shape, key.shape, block_mask.seq_lengths)}."
-        )
-    for name, have, want in (("B", block_mask.B, query.shape[0]), ("H", block_mask.H, query.shape[1])):
-        if have not in (1, want):
-            what = "batch" if name == "B" else "number of query heads"
-            raise ValueError(f"block_mask has {name}={have}; it must be 1 or query's {what} {want}.")
-    device = torch.device(block_mask.device)
-    if device.type != query.device.type or (device.index or 0) != (query.device.index or 0):
-        raise ValueError(
-            f"block_mask is on {block_mask.device} but query is on {query.device}; use block_mask.to({str(query.device)!r})."
-        )
-
-
 def _masked(mask_mod: Callable, query: Tensor, key: Tensor, acc_dtype: torch.dtype) -> tuple[BlockMask, Mod]:
     """The BlockMask of a bare mask_mod, kept as long as neither the mod nor the contents of its captures change."""
     mask = _traced(mask_mod, "mask", acc_dtype)
@@ -192,7 +172,9 @@ def _programs(
 ) -> tuple[Found, bool]:
     """What an engine runs, and whether that was found in score_mod."""
     if block_mask is not None:
-        _check_block_mask(block_mask, query, key)
+        check_block_mask(block_mask, query, key)
+        if mask is not None and block_mask._agrees:
+            check_serves(block_mask, mask.graph.uses, query.shape)
     elif score is not None and (sparse := _found(score, query, key)):
         return sparse, True
     moved = None if mask is None else shifted(mask.graph, *_sizes(score))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ def asks_what_it_is(func: Callable) -> bool:
 @contextmanager
 def whole_products() -> Iterator[None]:
     """Products of matrices in all digits of the one float, where the process has asked PyTorch for fewer (bfloat16, TF32)."""
-    kinds = [kind for kind in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul) if kind.fp32_precision in _FEWER]
+    backends: Any = torch.backends
+    kinds = [kind for kind in (backends.mkldnn.matmul, backends.cuda.matmul) if kind.fp32_precision in _FEWER]
     if not kinds:
         yield
         return

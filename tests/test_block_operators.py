@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexref import BlockMask, concat_masks, create_block_mask, flex_attention
+from flexref import BlockMask, concat_masks, create_block_mask, create_mask, flex_attention
 from flexref.blocks.mask_mods import Concatenated, Transposed, and_masks, not_mask, shift_mask, xor_masks
 from flexref.variants import masks
 
@@ -149,3 +149,62 @@ def test_what_does_not_fit_is_refused():
         concat_masks([mask, made(causal, 1, 1, 16, 16, 8, separate=False)], "queries")
     with pytest.raises(TypeError):
         _ = mask - causal  # type: ignore[operator]
+
+
+def allowed(mask):
+    """Every position, bool (B, H, q_len, kv_len): lists, and mask_mod within partial blocks."""
+    listed, full = mask.listed()
+    return listed & (full | create_mask(mask.mask_mod, *mask.shape, "cpu"))
+
+
+def test_a_mask_for_one_head_whose_mod_reads_it_serves_no_several():
+    one = create_block_mask(lambda b, h, q, k: (q >= k) & (k >= 8 * h), 1, 1, 16, 16, "cpu", 4)
+    two = create_block_mask(lambda b, h, q, k: q >= 0 * h, 1, 2, 16, 16, "cpu", 4)
+    for combine in (lambda: one & two, lambda: two | one, lambda: one ^ two, lambda: two - one):
+        with pytest.raises(ValueError, match=r"was made with H=1, .*<lambda>.* reads h and .* for H=2: make it with"):
+            combine()
+    x = torch.randn(1, 2, 16, 4)
+    with pytest.raises(ValueError, match="block_mask was made with H=1, but its mask_mod reads h and query has 2"):
+        flex_attention(x, x, x, block_mask=one)
+    flex_attention(x[:, :1], x[:, :1], x[:, :1], block_mask=one)
+    # a slice means its own head, for whoever asks
+    head = create_block_mask(lambda b, h, q, k: (q >= k) & (k >= 8 * h), 1, 2, 16, 16, "cpu", 4)[:, 1]
+    both = head & two
+    both.validate("semantic")
+    assert torch.equal(allowed(both)[0, 0], allowed(both)[0, 1])
+    flex_attention(x, x, x, block_mask=head)
+
+
+def test_beside_lists_that_were_made_by_hand_there_is_nothing():
+    n, at = torch.tensor([[[0, 0, 1]]], dtype=torch.int32), torch.zeros(1, 1, 3, 1, dtype=torch.int32)
+    never = lambda b, h, q, k: q < k - 100  # noqa: E731
+    by_hand = BlockMask.from_kv_blocks(0 * n, at, n, at, BLOCK_SIZE=(4, 4), mask_mod=never, seq_lengths=(12, 4))
+    turned = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 16, 16, "cpu", 4)[:, :, [3, 1]]
+    for mask in (by_hand, turned):
+        here = allowed(mask)[0, 0]
+        for by in (-13, -4, -1, 0, 1, 3, 4, 9):
+            moved = torch.zeros_like(here)
+            rows = torch.arange(len(here)) + by
+            inside = (rows >= 0) & (rows < len(here))
+            moved[inside] = here[rows[inside]]
+            assert torch.equal(allowed(mask.shift(by))[0, 0], moved), by
+
+
+@pytest.mark.parametrize(
+    ("offset", "error", "says"),
+    [
+        (0.5, TypeError, "q_offset must be an int, got float"),
+        (float("nan"), TypeError, "q_offset must be an int, got float"),
+        (True, TypeError, "q_offset must be an int, got bool"),
+        ("a", TypeError, "q_offset must be an int, got str"),
+        (10**30, ValueError, "q_offset must fit into 62 bits"),
+        (torch.tensor(1.5), TypeError, "q_offset must be an integer, or a 0-d integer tensor, got torch.float32"),
+        (torch.tensor([1]), TypeError, "0-d integer tensor, got torch.int64 of shape"),
+    ],
+)
+def test_what_is_no_offset(offset, error, says):
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 16, 16, "cpu", 4)
+    with pytest.raises(error, match=says):
+        mask.shift(offset)
+    with pytest.raises(error, match=says.replace("q_offset", "kv_offset")):
+        mask.shift(0, offset)

@@ -206,3 +206,28 @@ def test_any_score_mod_means_what_it_meant(seed, depth):
     mod = eval(f"lambda s, b, h, q, k: {text}", globals())
     with looked_at():
         check(mod, *inputs(33, 37))
+
+
+NAN = torch.ones(512).index_fill(0, torch.tensor(40), float("nan"))
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda s, b, h, q, k: torch.where(q >= k, s, -INF) - torch.where(q >= k, 0.0, -INF),
+        lambda s, b, h, q, k: torch.where(q >= k, s, -INF) / torch.where(q >= k, 1.0, -INF),
+        lambda s, b, h, q, k: torch.where(q >= k, s, -INF) * torch.where(q >= k, 1.0, -INF),
+        lambda s, b, h, q, k: torch.where(q >= k, s, -INF) + torch.where(q >= k, 1.0, INF),
+        lambda s, b, h, q, k: torch.where(((k - 5.0).sqrt() % 3.0) < 4.0, -INF, s),
+        lambda s, b, h, q, k: torch.where(q >= k, s, -INF) + (NAN[k] % 3.0),
+        lambda s, b, h, q, k: torch.where(torch.minimum(s * NAN[k], 3.0 + 0 * s) < 4.0, -INF, s) + 1.0,
+        lambda s, b, h, q, k: torch.where(torch.maximum(NAN[k], 3.0 + 0 * NAN[q]) > 2.0, -INF, s),
+    ],
+)
+def test_minus_infinity_beside_what_is_no_number_is_none(mod):
+    x = [torch.randn(1, 1, 512, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    query, key, value = x
+    out, lse = flex_attention(query, key, value, mod, backend="numba_cpu", return_lse=True)
+    want, want_lse = flex_attention(query, key, value, mod, backend="reference", return_lse=True)
+    torch.testing.assert_close(out, want, equal_nan=True)
+    torch.testing.assert_close(lse, want_lse, equal_nan=True)

@@ -24,6 +24,7 @@ from flexref.blocks.lists import (
     take_rows,
 )
 from flexref.blocks.mask_mods import Constant, Listed, Offset, Table
+from flexref.errors import TraceError
 from flexref.program.mod_objects import CallableMod, name_of
 
 
@@ -36,6 +37,26 @@ def common_grid(a: Grid, b: Grid) -> Grid:
             rule = "equal, or 1 in one of them" if either else "equal"
             raise ValueError(f"cannot combine BlockMasks whose {name} is {x} and {y}: it must be {rule}")
     return a._replace(B=b.B if a.B == 1 else a.B, H=b.H if a.H == 1 else a.H)
+
+
+def check_serves(mod: Callable, grid: Grid, wanted: Grid) -> None:
+    """Raise ValueError where a mask for one batch or head, which mask_mod asks about, is to serve several."""
+    for name, index, have, want in (("B", "b", grid.B, wanted.B), ("H", "h", grid.H, wanted.H)):
+        if have == 1 < want and _reads(mod, index):
+            raise ValueError(
+                f"the BlockMask was made with {name}=1, but its mask_mod {name_of(mod)} reads {index} and would say something "
+                f"else for {name}={want}: make it with {name}={want}"
+            )
+
+
+def _reads(mod: Callable, index: str) -> bool:
+    """Whether a mask_mod looks at an index, as far as its program is known."""
+    from flexref.program.mods import traced_mod
+
+    try:
+        return traced_mod(mod, "mask", torch.float32).graph.uses(index)
+    except TraceError:
+        return False
 
 
 def combine(op: str, masks: Iterable[tuple[Lists, Grid]], mod: Callable, grid: Grid, device: torch.device) -> Lists:

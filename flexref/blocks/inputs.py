@@ -43,6 +43,16 @@ def check_start(start: Tensor, device: torch.device) -> None:
     check_memory("start", start)
 
 
+def check_offset(name: str, offset: object) -> None:
+    """Raise TypeError unless it is a whole number, or a 0-d tensor of one; ValueError for one beyond 62 bits."""
+    if isinstance(offset, Tensor):
+        if offset.dim() or offset.is_floating_point() or offset.is_complex() or offset.dtype == torch.bool:
+            got = f"{offset.dtype} of shape {tuple(offset.shape)}"
+            raise TypeError(f"{name} must be an integer, or a 0-d integer tensor, got {got}")
+    elif abs(checked_index(name, offset)) >= 1 << 62:
+        raise ValueError(f"{name} must fit into 62 bits, got {offset}")
+
+
 def checked_lengths(lengths: object) -> tuple[int, int]:
     """(q_len, kv_len). Raises TypeError or ValueError for what is no pair of sizes."""
     if not isinstance(lengths, (tuple, list)) or len(lengths) != 2:

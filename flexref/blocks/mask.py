@@ -156,7 +156,8 @@ def create_block_mask(
     else the CPU. A block is full if mask_mod allows every position of it that there is. Floats within mask_mod are float32, as
     in a call of float32 or a narrower type: for a call of float64 whose mask reads floats, give that call mask_mod instead.
     _compile and the two last are torch's and change nothing. Raises TypeError or ValueError for wrong arguments and for a
-    mask_mod of another arity or result, IndexError for one that reads a captured tensor out of range.
+    mask_mod of another arity or result, IndexError for one that reads a captured tensor out of range where it is asked
+    mask_mod of another arity or result, IndexError for one that reads a captured tensor out of range
     """
     return mask_of_call(mask_mod, (B, H, Q_LEN, KV_LEN), device, torch.float32, BLOCK_SIZE, separate_full_blocks)
 

@@ -133,9 +133,17 @@ class Table(CallableMod):
             return self.table[index]
         return self.table[index // self.size] * self.size + index % self.size
 
+    def within(self, index) -> tuple:
+        """Whether there is such an index, and one that there is."""
+        last = len(self.table) * self.size - 1
+        return (index >= 0) & (index <= last), _clamped(index, last)
+
 
 class View(MaskMod):
-    """`mod` asked at other indices: each of b, h, q_idx, kv_idx is None (as it is) or says which original is meant."""
+    """`mod` asked at other indices: each of b, h, q_idx, kv_idx is None (as it is) or says which original is meant.
+
+    Where a Table of queries has no such index, as beside a mask that is shifted, nothing is allowed.
+    """
 
     def __init__(self, mod: Callable, b=None, h=None, q_idx=None, kv_idx=None):
         self.mod, self.b, self.h, self.q_idx, self.kv_idx = mod, b, h, q_idx, kv_idx
@@ -143,9 +151,11 @@ class View(MaskMod):
     def __call__(self, b, h, q_idx, kv_idx):
         b = b if self.b is None else self.b(b)
         h = h if self.h is None else self.h(h)
-        q_idx = q_idx if self.q_idx is None else self.q_idx(q_idx)
         kv_idx = kv_idx if self.kv_idx is None else self.kv_idx(kv_idx)
-        return self.mod(b, h, q_idx, kv_idx)
+        if isinstance(self.q_idx, Table):
+            there, q_idx = self.q_idx.within(q_idx)
+            return there & self.mod(b, h, self.q_idx(q_idx), kv_idx)
+        return self.mod(b, h, q_idx if self.q_idx is None else self.q_idx(q_idx), kv_idx)
 
 
 class Transposed(MaskMod):
@@ -174,22 +184,29 @@ class Concatenated(_Combined):
             if size:
                 # a mod is asked at none but its own indices, also where the answer does not count
                 local = index - start
-                at[self.dim] = local.clamp(0, size - 1) if isinstance(local, Tensor) else min(max(local, 0), size - 1)
+                at[self.dim] = _clamped(local, size - 1)
                 result = result | ((index >= start) & (index < start + size) & mod(*at))
             start += size
         return result
 
 
 class Listed(MaskMod):
-    """Block lists read as a mask_mod: `kinds` (B, H, rows, columns) is 0 empty, 1 ask `mod`, 2 full."""
+    """Block lists read as a mask_mod: `kinds` (B, H, rows, columns) is 0 empty, 1 ask `mod`, 2 full; beside them is nothing."""
 
     def __init__(self, kinds: Tensor, q_block: int, kv_block: int, mod: Callable):
         self.kinds, self.q_block, self.kv_block, self.mod = kinds, q_block, kv_block, mod
         self.b, self.h = (Constant(0) if n == 1 else Offset(0) for n in kinds.shape[:2])
 
     def __call__(self, b, h, q_idx, kv_idx):
-        kind = self.kinds[self.b(b), self.h(h), q_idx // self.q_block, kv_idx // self.kv_block]
-        return (kind == 2) | ((kind == 1) & self.mod(b, h, q_idx, kv_idx))
+        rows, columns = self.kinds.shape[2:]
+        row, column = q_idx // self.q_block, kv_idx // self.kv_block
+        there = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        kind = self.kinds[self.b(b), self.h(h), _clamped(row, rows - 1), _clamped(column, columns - 1)]
+        return there & ((kind == 2) | ((kind == 1) & self.mod(b, h, q_idx, kv_idx)))
+
+
+def _clamped(index, last: int):
+    return index.clamp(0, max(last, 0)) if isinstance(index, Tensor) else min(max(index, 0), max(last, 0))
 
 
 def noop_mask(b, h, q_idx, kv_idx):

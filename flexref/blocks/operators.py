@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexref.blocks import algebra
 from flexref.blocks.build import build
-from flexref.blocks.inputs import check_start, checked_index, checked_size
+from flexref.blocks.inputs import check_offset, check_start, checked_index, checked_size
 from flexref.blocks.lists import Grid, Lists, take_rows
 from flexref.blocks.mask_mods import (
     Concatenated,
@@ -109,7 +109,9 @@ class BlockOperators(TorchForm):
 
     @uncompiled
     def shift(self, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0) -> Self:
-        """What mask_mod says at (q_idx + q_offset, kv_idx + kv_offset), on the same grid."""
+        """What mask_mod says at (q_idx + q_offset, kv_idx + kv_offset), on the same grid; nothing beside lists made by hand."""
+        check_offset("q_offset", q_offset)
+        check_offset("kv_offset", kv_offset)
         mod = shift_mask(self._agreeing().mask_mod, q_offset, kv_offset)
         return built(type(self), mod, self.grid, self.device, self.separate_full_blocks)
 
@@ -175,6 +177,8 @@ class BlockOperators(TorchForm):
         if self.device != other.device:
             raise ValueError(f"cannot combine BlockMasks on {self.device} and {other.device}; move one with .to()")
         masks = self._agreeing(), other._agreeing()
+        for mask in masks:
+            algebra.check_serves(mask.mask_mod, mask.grid, grid)
         mod = combinator(*(mask.mask_mod for mask in masks))
         if not (self.separate_full_blocks and other.separate_full_blocks):
             return built(type(self), mod, grid, self.device, False)
