@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
 import functools
 import logging
 import operator
+import sys
 import time
 
 import pytest
@@ -14,12 +16,15 @@ from hypothesis import strategies as st
 
 import flexref
 from flexref import explain, flex_attention
+from flexref.errors import TraceError
 from flexref.program.compiled import original
 from flexref.program.interpret import interpret
 from flexref.program.mods import Mod, traced_mod
 from flexref.program.trace import trace
 from flexref.variants import masks, score_mods
-from tests.ways_of_holding import KEPT, WAYS
+from tests.hidden_ways import WAYS
+from tests.ordinary_mods import MODS
+from tests.ways_of_holding import KEPT
 
 VALUES = (0.125, 0.75)
 
@@ -56,7 +61,8 @@ def test_a_number_that_changes_is_seen(name):
         change(VALUES[1])
         second = agrees_with_a_fresh_trace(fn, kind)
         assert (first.why is None) == (first.key is not None)
-        assert result(first) != result(second) or name in ("length",), "the number does not matter, so this tests nothing"
+        matters = result(first) != result(second) or name in ("length", "a_registered_class")
+        assert matters, "the number does not matter, so this tests nothing"
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -85,6 +91,11 @@ def test_ways_within_ways(data):
 def test_what_is_used_every_day_stays_kept(name):
     get, _ = WAYS[name](VALUES[0])
     assert traced_mod(score_mod_of(get), "score", torch.float32).why is None
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_mods_as_they_are_written_every_day_stay_kept(name):
+    assert traced_mod(MODS[name], "score", torch.float32).why is None
 
 
 def library_mods():
@@ -121,6 +132,101 @@ def test_numbers_are_told_apart_by_type_and_bits():
     for value in (1, 1.0, True, 0.0, -0.0, "a", b"a"):
         outcomes.add(traced_mod(lambda s, b, h, q, k, value=value: s * 1.0, "score", torch.float32).key)
     assert len(outcomes) == 7
+
+
+# what PyTorch is set to: how it is asked in a mod, and how it is set; each is set back by its first value
+SETTINGS: dict[str, tuple] = {
+    "deterministic": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, False, True),
+    "debug_mode": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0, 1),
+    "precision": (lambda: len(torch.get_float32_matmul_precision()), torch.set_float32_matmul_precision, "highest", "high"),
+    "tf32": (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda x: setattr(torch.backends.cuda.matmul, "allow_tf32", x),
+        False,
+        True,
+    ),
+    "cudnn": (lambda: torch.backends.cudnn.benchmark, lambda x: setattr(torch.backends.cudnn, "benchmark", x), False, True),
+    "math_sdp": (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp, True, False),
+    "sparse_checks": (
+        torch.sparse.check_sparse_tensor_invariants.is_enabled,
+        lambda x: (torch._C._set_check_sparse_tensor_invariants(x)),
+        False,
+        True,
+    ),
+    "fast_dtype": (
+        lambda: torch.get_autocast_dtype("cpu").itemsize + float(torch.get_autocast_dtype("cpu") == torch.float16),
+        lambda x: torch.set_autocast_dtype("cpu", x),
+        torch.bfloat16,
+        torch.float16,
+    ),
+    "default_dtype": (lambda: torch.get_default_dtype().itemsize, torch.set_default_dtype, torch.float32, torch.float64),
+    "default_device": (lambda: len(torch.get_default_device().type), torch.set_default_device, None, "meta"),
+    "a_device_taken": (lambda: len(torch.ones(3).device.type), torch.set_default_device, None, "meta"),
+    "threads": (torch.get_num_threads, torch.set_num_threads, 1, 2),
+    "mkldnn": (lambda: torch.backends.mkldnn.enabled, lambda x: setattr(torch.backends.mkldnn, "enabled", x), True, False),
+    "seed": (torch.initial_seed, torch.manual_seed, 1, 2),
+    "seed_of_a_generator": (lambda: torch.default_generator.initial_seed(), torch.manual_seed, 1, 2),
+    "kernels": (
+        lambda: len(torch.nn.attention._cur_sdpa_kernel_backends()),
+        torch.backends.cuda.enable_math_sdp,
+        True,
+        False,
+    ),
+    "warnings": (torch.is_warn_always_enabled, torch.set_warn_always, False, True),
+    "fast_path": (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, True, False),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_pytorch_is_set_to_is_seen(name):
+    ask, set_to, first, second = SETTINGS[name]
+    for get in (ask, functools.partial(ask), lambda: ask(), lambda: next(map(operator.call, [ask]))):
+        fn = score_mod_of(lambda get=get: float(get()))
+        outcomes = set()
+        for value in (first, first, second):
+            set_to(value)
+            made = []
+            for tracer in (traced_mod, trace):
+                try:
+                    made.append(tracer(fn, "score", torch.float64))
+                except TraceError:
+                    made.append(None)
+            set_to(first)
+            now, fresh = (None if mod is None else result(mod) for mod in made)
+            assert now == fresh
+            outcomes.add(now)
+        assert len(outcomes) == 2, "the setting does not matter, so this tests nothing"
+
+
+def test_autocast_is_none_of_the_mods():
+    table, weight = torch.rand(4, 8), torch.rand(8, 8)
+    fn = lambda s, b, h, q_idx, kv_idx: s + (table @ weight)[h, kv_idx]  # noqa: E731
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            mod = traced_mod(fn, "score", torch.float32)
+            assert mod.why is None and mod.captured[0].dtype == torch.float32
+
+
+def test_a_mod_that_toggles_is_called_each_time():
+    state = {"on": True}
+
+    def toggles(score, b, h, q_idx, kv_idx):
+        state["on"] = not state["on"]
+        return score + (1.0 if state["on"] else 2.0)
+
+    assert [result(traced_mod(toggles, "score", torch.float64)) for _ in range(4)] == [2.5, 1.5, 2.5, 1.5]
+
+
+@pytest.mark.parametrize("profile", [lambda frame, event, arg: None, cProfile.Profile()])
+def test_a_profiler_goes_on_after_a_trace(profile):
+    is_function = callable(profile)
+    sys.setprofile(profile) if is_function else profile.enable()
+    try:
+        before = sys.getprofile()
+        why = traced_mod(score_mod_of(lambda: 0.125), "score", torch.float64).why
+        assert why is None and sys.getprofile() is before
+    finally:
+        sys.setprofile(None) if is_function else profile.disable()
 
 
 LIMIT = 0.02

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexref.program.closure import Leaves, leaves_of
-from flexref.program.compiled import original
+from flexref.program.compiled import no_autocast, original
 from flexref.program.ir import Graph, Node, differentiable_loads
 from flexref.program.recipes import Made, Recipe, make, roots_of
 from flexref.program.trace import Traced, trace
@@ -62,35 +62,47 @@ def traced_mod(fn: Callable, kind: str, acc_dtype: torch.dtype) -> Mod:
         if known is not None:
             _traced.move_to_end(key)
     if known is None:
-        known = _trace_and_locate(fn, kind, acc_dtype, leaves)
-        if known[1] is None:
-            return _not_kept(known[0], "it reads a tensor that is found in nothing that it reaches")
+        traced, why = _trace_and_judge(fn, kind, acc_dtype, leaves)
+        if why:
+            return _not_kept(traced, why)
+        known = _located(traced, leaves)
         with _lock:
             _traced[key] = known
             if len(_traced) > _LIMIT:
                 _traced.popitem(last=False)
     traced, places = known
     roots = tuple([leaves.tensors[i] for i in places])
-    if any(isinstance(recipe, Made) for recipe in traced.recipes):
-        for root in roots:
-            check_memory("a captured tensor", root)
-    captured = tuple([make(recipe, roots) for recipe in traced.recipes])
-    return Mod(traced.graph, captured, traced.names, traced.scalars, key, None, roots, traced.recipes)
+    return Mod(traced.graph, _captured(traced.recipes, roots), traced.names, traced.scalars, key, None, roots, traced.recipes)
+
+
+def _captured(recipes: tuple[Recipe, ...], roots: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not any(isinstance(recipe, Made) for recipe in recipes):
+        return tuple([make(recipe, roots) for recipe in recipes])
+    for root in roots:
+        check_memory("a captured tensor", root)
+    # the caller's autocast is none of the mod's: it was traced without
+    with no_autocast():
+        return tuple([make(recipe, roots) for recipe in recipes])
 
 
 def _not_kept(traced: Traced, why: str) -> Mod:
     return Mod(traced.graph, traced.captured, traced.names, traced.scalars, None, why, traced.roots, traced.recipes)
 
 
-def _trace_and_locate(fn: Callable, kind: str, acc_dtype: torch.dtype, leaves: Leaves):
-    """Where among the leaves each root is; None if one is not there, so that the trace cannot be kept."""
+def _trace_and_judge(fn: Callable, kind: str, acc_dtype: torch.dtype, leaves: Leaves) -> tuple[Traced, str | None]:
+    """The trace, and why it cannot be kept, judged by what it did; None if it can."""
     traced = trace(fn, kind, acc_dtype, leaves)
-    places = []
-    for tensor in traced.roots:
-        place = next((i for i, leaf in enumerate(leaves.tensors) if leaf is tensor), None)
-        if place is None:
-            return traced, None
-        places.append(place)
+    why = traced.why
+    if not why and not all(any(root is leaf for leaf in leaves.tensors) for root in traced.roots):
+        why = "it reads a tensor that is found in nothing that it reaches"
+    if not why and leaves_of(fn).key != leaves.key:
+        why = "something that it reaches was changed while it ran"
+    return traced, why
+
+
+def _located(traced: Traced, leaves: Leaves) -> tuple[Traced, tuple[int, ...]]:
+    """The trace without its tensors, and where among the leaves each root is."""
+    places = (next(i for i, leaf in enumerate(leaves.tensors) if leaf is root) for root in traced.roots)
     return traced._replace(captured=(), roots=()), tuple(places)
 
 

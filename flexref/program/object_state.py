@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import types
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,17 @@ from torch import Tensor
 from flexref.program import steady
 from flexref.program.mod_objects import attribute
 
-# of a class: what only makes an object of it, or a text, or speaks of the class itself
-_NOT_USED = frozenset(
-    """__init__ __new__ __post_init__ __repr__ __str__ __format__ __doc__ __module__ __qualname__ __annotations__ __dict__
-    __weakref__ __dataclass_fields__ __dataclass_params__ __match_args__ __abstractmethods__ _abc_impl __orig_bases__
-    __parameters__ __static_attributes__ __firstlineno__ __init_subclass__ __class_getitem__ __reduce__ __reduce_ex__
-    __getstate__ __setstate__ __getnewargs__ __annotate__ __annotate_func__ __annotations_cache__ __replace__
-    __signature__""".split()
+# of a class: data that speaks of the class itself, and that no code reads that is understood (code_reads.py)
+_UNREAD = frozenset(
+    """__doc__ __module__ __qualname__ __annotations__ __slots__ __dataclass_fields__ __dataclass_params__ __abstractmethods__
+    _abc_impl __orig_bases__ __parameters__ __static_attributes__ __firstlineno__ __annotate__ __annotate_func__
+    __annotations_cache__""".split()
+)
+# methods that a mod hardly ever runs: their code alone is in the key, and if one runs, watch.py sees code that was not walked
+_MAKES = frozenset({"__init__", "__new__", "__post_init__"})
+_SELDOM = frozenset(
+    """__repr__ __str__ __format__ __init_subclass__ __set_name__ __class_getitem__ __reduce__ __reduce_ex__ __getstate__
+    __setstate__ __getnewargs__ __getnewargs_ex__ __copy__ __deepcopy__ __replace__ __del__ __dir__ __sizeof__""".split()
 )
 # what a container or a number holds, past any method of a class of one's own
 _CONTENTS: dict[type, Callable[[Any], Any]] = {
@@ -33,6 +38,9 @@ _CONTENTS: dict[type, Callable[[Any], Any]] = {
     complex: complex.__pos__,
     str: str.__str__,
     bytes: lambda x: b"".join((x,)),
+    deque: lambda x: (list(deque.__iter__(x)), deque.maxlen.__get__(x)),  # type: ignore[attr-defined]
+    OrderedDict: lambda x: list(OrderedDict.items(x)),
+    defaultdict: lambda x: defaultdict.default_factory.__get__(x),  # type: ignore[attr-defined]
 }
 
 
@@ -45,8 +53,6 @@ class ObjectState:
 
     def __init__(self) -> None:
         self.classes: dict[tuple[type, bool], int] = {}
-        # a class that was met and has a text of its own
-        self.own_text = ""
 
     def visit(self, x: Any, depth: int) -> Any:
         """The part of the key that `x` gives. Raises NotUnderstood."""
@@ -62,7 +68,7 @@ class ObjectState:
         self.classes[cls, as_value] = len(self.classes)
         if not steady.is_plain_metaclass(type(cls)):
             raise NotUnderstood(f"the class {cls.__name__} has the metaclass {type(cls).__name__}")
-        parts: list[Any] = [cls]
+        parts: list[Any] = [cls, cls.__name__, cls.__qualname__]
         for base in cls.__mro__:
             if base in steady.BUILTIN_BASES or base is enum.Enum:
                 continue
@@ -73,18 +79,27 @@ class ObjectState:
         return tuple(parts)
 
     def members(self, cls: type, depth: int, as_value: bool) -> list:
-        own_text = vars(cls).keys() & {"__repr__", "__str__", "__format__"}
-        self.own_text = self.own_text or (cls.__name__ if own_text else "")
-        used = _NOT_USED - {"__init__", "__new__", "__post_init__"} if as_value else _NOT_USED
+        seldom = _SELDOM if as_value else _SELDOM | _MAKES
         made_by_dataclass = "__dataclass_fields__" in vars(cls)
         parts = []
         for name, member in vars(cls).items():
-            written = getattr(member, "__code__", None)
-            # what a dataclass generates compares fields, which are looked at
-            generated = made_by_dataclass and written is not None and written.co_filename == "<string>"
-            if name not in used and not generated and not isinstance(member, types.MemberDescriptorType):
-                parts.append((name, self.visit(member, depth)))
+            if isinstance(member, types.MemberDescriptorType) or name in _UNREAD:
+                continue
+            if name in ("__dict__", "__weakref__"):
+                if not isinstance(member, types.GetSetDescriptorType):
+                    raise NotUnderstood(f"the class {cls.__name__} has a {name} of its own")
+                continue
+            function = member.__func__ if type(member) in (staticmethod, classmethod) else member
+            code = function.__code__ if type(function) is types.FunctionType else None
+            # what a dataclass generates compares and prints
+            generated = made_by_dataclass and code is not None and code.co_filename == "<string>" and name not in _MAKES
+            shallow = code is not None and (name in seldom or generated)
+            parts.append((name, code if shallow else self.visit(member, depth)))
         return parts
+
+    def named(self, attributes: dict, depth: int) -> tuple:
+        """Attributes by name; a name is no text that the mod could read an attribute by."""
+        return tuple([(n if type(n) is str else self.visit(n, depth), self.visit(x, depth)) for n, x in attributes.items()])
 
     def object(self, x: Any, kind: type, depth: int) -> tuple:
         """An object of a class that was written in Python: its class, its attributes and slots, and what a container holds."""
@@ -96,7 +111,7 @@ class ObjectState:
             raise NotUnderstood(f"{label} of type {kind.__module__}.{kind.__qualname__} may change unseen")
         parts: list[Any] = [kind, self.cls(kind, depth, as_value=False)]
         try:
-            parts.append(self.visit(object.__getattribute__(x, "__dict__"), depth))
+            parts.append(self.named(object.__getattribute__(x, "__dict__"), depth))
         except AttributeError:
             parts.append(None)
         for base in kind.__mro__:

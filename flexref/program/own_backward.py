@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.autograd import Function
 
+from flexref.program.watch import resumption
+
 # until torch 2.13 it is written in Python, and tells a mode of itself; from 2.14 on it is written in C
 _APPLY = getattr(getattr(Function.apply, "__func__", None), "__code__", None)
 
@@ -39,7 +41,7 @@ def refused(error: Callable[[], Exception]) -> Iterator[None]:
                 raise error()
 
     before: Any = sys.getprofile()
-    resume = _resumption(before) if _APPLY is None else None
+    resume = resumption(before) if _APPLY is None else None
     if resume is None:
         yield
         return
@@ -49,10 +51,3 @@ def refused(error: Callable[[], Exception]) -> Iterator[None]:
     finally:
         resume()
 
-
-def _resumption(profiler: Any) -> Callable[[], Any] | None:
-    """What makes a profiler that is at work go on afterwards; None for one that nobody but itself can start."""
-    if profiler is None or callable(profiler):
-        return lambda: sys.setprofile(profiler)
-    # cProfile before Python 3.12
-    return getattr(profiler, "enable", None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexref.one_float import OneFloat, asks_what_it_is, whole_products
+from flexref.program.repeatable import why_not_asked, why_not_repeated
 from flexref.tensor_gate import check_memory
 
 # what moves numbers and computes none: it needs no other width, and most of it no memory
@@ -85,6 +86,12 @@ class Kitchen:
         self.acc = acc
         self.roots: list[Tensor] = []
         self.made: dict[int, tuple[Tensor, Made]] = {}
+        # what a kept program would not see change; None if there is nothing
+        self.why: str | None = None
+
+    def asked(self, func: Callable) -> None:
+        """The mod asks a tensor, by a method or an attribute, for what is no tensor."""
+        self.why = self.why or why_not_asked(func)
 
     def recipe(self, x: Tensor) -> Recipe:
         """How `x` is made; one that nothing here made is a root."""
@@ -97,7 +104,9 @@ class Kitchen:
 
     def run(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """`func` on captured tensors and other arguments that belong to no position."""
-        mapped((args, tuple(kwargs.values())), lambda x: isinstance(x, Tensor) and check_memory("a captured tensor", x))
+        # what is asked here is not asked by the mod
+        with torch._C.DisableTorchFunction():
+            mapped((args, tuple(kwargs.values())), lambda x: isinstance(x, Tensor) and check_memory("a captured tensor", x))
         moves = asks_what_it_is(func) or getattr(func, "__name__", "") in _MOVES
         acc = None if moves and not any(isinstance(x, torch.dtype) for x in args) else self.acc
         result = _computed(acc, func, args, kwargs)
@@ -106,6 +115,8 @@ class Kitchen:
             return self.recipe(x) if isinstance(x, Tensor) else x
 
         many = isinstance(result, (tuple, list))
+        with torch._C.DisableTorchFunction():
+            self.why = self.why or why_not_repeated(func, args, kwargs, result if many else (result,))
         for i, x in enumerate(result if many else (result,)):
             if isinstance(x, Tensor) and id(x) not in self.made and not any(x is root for root in self.roots):
                 named = {k: mapped(v, written) for k, v in kwargs.items()}
@@ -115,9 +126,11 @@ class Kitchen:
 
 
 def mapped(x: Any, function: Callable) -> Any:
-    """`function` on the leaves of nested tuples and lists; a recipe is a leaf."""
+    """`function` on the leaves of nested tuples, lists and slices; a recipe is a leaf."""
     if isinstance(x, (Root, Made)):
         return function(x)
+    if type(x) is slice:
+        return slice(*[mapped(i, function) for i in (x.start, x.stop, x.step)])
     return type(x)(mapped(i, function) for i in x) if type(x) in (tuple, list) else function(x)
 
 

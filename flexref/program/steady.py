@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import builtins
 import collections
 import enum
@@ -15,8 +16,11 @@ from typing import Any, Generic, Protocol
 import numpy as np
 import torch
 
-# code of these packages is not walked; the state of their objects is
+# classes of these packages are not walked; the state of their objects is
 _PACKAGES = frozenset({"torch", "flexref", "collections", "_collections_abc", "abc", "enum", "typing", "numbers"})
+# functions of these modules, and of those inside them, give the same for the same arguments and state of objects
+_MODULES = """flexref collections _collections_abc enum torch.functional torch.nn torch.autograd.grad_mode torch._tensor
+torch._jit_internal torch._linalg_utils torch.return_types torch.utils._contextlib""".split()
 # Python's classes that add nothing but methods to what their contents say
 BUILTIN_BASES = frozenset(
     {object, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, Generic, Protocol}
@@ -27,13 +31,18 @@ len list map max min next object pow property range repr reversed round set slic
 tuple zip print bytes format callable ArithmeticError AssertionError AttributeError Exception IndexError KeyError LookupError
 NotImplemented NotImplementedError OverflowError RuntimeError StopIteration TypeError ValueError ZeroDivisionError""".split()
 SAFE_BUILTINS = {id(x): name for name in _SAFE for x in (vars(builtins)[name],)}
-TEXT_BUILTINS = frozenset({id(str), id(repr), id(format)})
 _PURE_MODULES = frozenset({"math", "cmath", "_operator", "operator"})
-_STATEFUL = ("get_", "set_", "are_", "rand", "manual_", "seed", "initial_seed", "use_", "default", "normal", "bernoulli", "empty")
-_TESTS = frozenset({"is_tensor", "is_floating_point", "is_complex", "is_nonzero", "is_same_size", "is_signed"})
+# what is written in C for torch.*: functions of tensors, but for those whose names begin like these
+_OF_TENSORS = frozenset({None, *(getattr(torch._C, name) for name in ("_nn", "_special", "_linalg", "_fft"))})
+_STATEFUL = ("_", "is_", "get_", "set_", "rand", "normal", "bernoulli", "poisson", "multinomial", "binomial", "empty")
+_STATEFUL += ("from_file", "cudnn_is", "initial_seed")
+_TESTS = frozenset({"is_tensor", "is_floating_point", "is_complex", "is_nonzero", "is_same_size", "is_signed", "typename"})
 _FIELD = type(collections.namedtuple("_Pair", "first second").first)  # type: ignore[attr-defined]
 _PURE_TYPES = (types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType)
 _PURE_TYPES += (types.ClassMethodDescriptorType,)
+# PyTorch's classes whose objects are what their key says: methods of them ask nothing else
+VALUES = (torch._C.TensorBase, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo)
+_METACLASSES = frozenset({type, abc.ABCMeta, enum.EnumMeta, type(Protocol), type(torch.nn.Parameter), type(torch.nn.Buffer)})
 
 
 def package_of(module: Any) -> str:
@@ -41,41 +50,62 @@ def package_of(module: Any) -> str:
     return module.partition(".")[0] if isinstance(module, str) else ""
 
 
-def is_steady_module(module: object) -> bool:
-    """Whether code was written in a package that is taken as it is."""
-    return package_of(module) in _PACKAGES
+def own_module(scope: dict) -> str:
+    """The name of the module that these globals are; "" of globals that only say so."""
+    name = scope.get("__name__")
+    # collections.abc shows a module that calls itself so
+    module = sys.modules.get("_collections_abc" if name == "collections.abc" else name) if type(name) is str else None
+    # torch.backends stands in for a module, which it calls m
+    held = getattr(module, "__dict__", {})
+    return name if held is scope or getattr(held.get("m"), "__dict__", None) is scope else ""  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=4096)
 def is_steady_class(cls: type) -> bool:
     """Whether a class is one that such a package has under its own name."""
-    module = sys.modules.get(cls.__module__) if is_steady_module(cls.__module__) else None
+    module = sys.modules.get(cls.__module__) if package_of(cls.__module__) in _PACKAGES else None
     return module is not None and vars(module).get(cls.__qualname__) is cls
 
 
 def is_steady_builtin(x: Any) -> bool:
     """Whether a function written in C always gives the same for the same arguments, its own `__self__` being no state."""
     if isinstance(x, _PURE_TYPES):
-        owner = x.__objclass__
-        return owner in BUILTIN_BASES or package_of(owner.__module__) == "torch"
-    if isinstance(x, (np.ufunc, _FIELD)):
+        return x.__objclass__ in BUILTIN_BASES or issubclass(x.__objclass__, VALUES)
+    if isinstance(x, np.ufunc):
+        # one of np.frompyfunc is a function of the user
+        return getattr(np, x.__name__, None) is x
+    if isinstance(x, _FIELD):
         return True
-    if type(x) is types.BuiltinFunctionType and x.__name__ == "__new__":
-        return x.__self__ in BUILTIN_BASES
-    if type(x) is not types.BuiltinFunctionType or not (x.__self__ is None or isinstance(x.__self__, types.ModuleType)):
+    if type(x) is not types.BuiltinFunctionType:
         return False
-    if package_of(x.__module__) == "torch":
-        return _asks_no_state(x.__name__)
-    return x.__module__ in _PURE_MODULES or x is functools.reduce
+    if x.__name__ == "__new__":
+        return x.__self__ in BUILTIN_BASES
+    if x.__module__ in _PURE_MODULES or x is functools.reduce:
+        return True
+    return is_function_of_tensors(x)
+
+
+def is_function_of_tensors(x: types.BuiltinFunctionType) -> bool:
+    """Whether a function written in C is one of PyTorch's of tensors, and not one that asks or sets what PyTorch is set to."""
+    if package_of(x.__module__) != "torch" or not (x.__self__ is None or isinstance(x.__self__, types.ModuleType)):
+        return False
+    return x.__self__ in _OF_TENSORS and (x.__name__ in _TESTS or not x.__name__.startswith(_STATEFUL))
 
 
 def is_steady_function(fn: types.FunctionType) -> bool:
     """Whether the code of a Python function is PyTorch's, flexref's or Python's own; what it closes over is not meant."""
-    return is_steady_module(fn.__globals__.get("__name__")) and _asks_no_state(fn.__name__)
+    return is_steady_code(own_module(fn.__globals__), fn.__code__)
 
 
-def _asks_no_state(name: str) -> bool:
-    return name in _TESTS or not name.startswith((*_STATEFUL, "is_"))
+def is_steady_code(module: str, code: types.CodeType) -> bool:
+    """Whether code of a module (own_module) gives what it gives by arguments and objects alone."""
+    return is_steady_module(module) or module == "torch" and code.co_name in _TESTS
+
+
+@lru_cache(maxsize=4096)
+def is_steady_module(name: str) -> bool:
+    """Whether what code of this module gives is a matter of arguments and objects alone."""
+    return any(name == known or name.startswith(f"{known}.") for known in _MODULES)
 
 
 @lru_cache(maxsize=4096)
@@ -92,9 +122,7 @@ def is_python_class(cls: type) -> bool:
 
 def is_plain_metaclass(kind: type) -> bool:
     """Whether classes made by it look attributes up as `type` does."""
-    return kind is type or kind in (enum.EnumMeta, torch.nn.Parameter.__class__) or (
-        kind.__module__ in ("abc", "typing") and kind.__getattribute__ is type.__getattribute__
-    )
+    return kind in _METACLASSES
 
 
 GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)

@@ -26,6 +26,7 @@ from flexref.program.mod_objects import signature_of
 from flexref.program.partial import Partial
 from flexref.program.recipes import Kitchen, Recipe, pick, roots_of
 from flexref.program.tape import NotPointwise, Value, apply, flatten, map_leaves, plain_call, returned
+from flexref.program.watch import Watch
 
 SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
 
@@ -33,7 +34,7 @@ SIGNATURES = {"score": ("score", *INDICES), "mask": INDICES}
 class Traced(NamedTuple):
     """A program, the captured tensors its loads name by position, and the captured numbers its scalars name.
 
-    `recipes`: how each captured tensor is made of `roots`, the tensors that the mod reaches.
+    `recipes`: how each captured tensor is made of `roots`, the tensors that the mod reaches. `why`: why it must not be kept.
     """
 
     graph: Graph
@@ -42,6 +43,7 @@ class Traced(NamedTuple):
     scalars: tuple[int | float, ...]
     recipes: tuple[Recipe, ...] = ()
     roots: tuple[Tensor, ...] = ()
+    why: str | None = None
 
 
 def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leaves: Leaves | None = None) -> Traced:
@@ -51,7 +53,7 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
     `leaves`: the Python numbers that the mod captures; constants equal to them become run-time scalars.
     """
     check_arity(fn, kind)
-    recorder = _Recorder(fn, kind, acc_dtype)
+    recorder = _Recorder(fn, kind, acc_dtype, Watch(leaves))
     builder = recorder.builder
     # the mod must not be recorded under the caller's autocast or inference settings
     with no_autocast(), torch.inference_mode(False), torch.enable_grad(), nothing_compiled():
@@ -68,7 +70,8 @@ def trace(fn: Callable, kind: str, acc_dtype: torch.dtype = torch.float32, leave
             raise mistakes.failed(fn, kind, error) from error
     graph, scalars = lift(builder.graph({"out": out}), captured_numbers(leaves))
     recipes = tuple(map(recorder.kitchen.recipe, recorder.captured))
-    return Traced(graph, tuple(recorder.captured), tuple(recorder.names), scalars, recipes, tuple(recorder.kitchen.roots))
+    why, roots = recorder.kitchen.why or recorder.watch.why, tuple(recorder.kitchen.roots)
+    return Traced(graph, tuple(recorder.captured), tuple(recorder.names), scalars, recipes, roots, why)
 
 
 def check_arity(fn: Callable, kind: str) -> None:
@@ -90,9 +93,9 @@ _READ_AS_INT64 = (torch.uint16, torch.uint32)
 class _Recorder(TorchFunctionMode):
     """Stands between the mod and PyTorch while the mod runs."""
 
-    def __init__(self, fn: Callable, kind: str, acc_dtype: torch.dtype):
+    def __init__(self, fn: Callable, kind: str, acc_dtype: torch.dtype, watch: Watch):
         super().__init__()
-        self.fn, self.kind, self.acc_dtype = fn, kind, acc_dtype
+        self.fn, self.kind, self.acc_dtype, self.watch = fn, kind, acc_dtype, watch
         self.captured: list[Tensor] = []
         self.names: list[str] = []
         self.builder = Builder()
@@ -105,7 +108,7 @@ class _Recorder(TorchFunctionMode):
         names = SIGNATURES[self.kind]
         dtypes = [self.acc_dtype if name == "score" else torch.int64 for name in names]
         refs = [Ref(self.builder.input(name)) for name in names]
-        with self, own_backward.refused(self.applies):
+        with self, own_backward.refused(self.applies), self.watch:
             result = self.fn(*(Value(self.builder, r, d) for r, d in zip(refs, dtypes, strict=True)))
         if self.refusal is not None:
             raise self.refusal
@@ -122,11 +125,8 @@ class _Recorder(TorchFunctionMode):
             result = self.load(result, ())
         if isinstance(result, Partial):
             raise mistakes.partial(result)
-        dtype = (
-            result.dtype
-            if isinstance(result, Tensor)
-            else {bool: torch.bool, int: torch.int64, float: self.acc_dtype}.get(type(result))
-        )
+        numbers = {bool: torch.bool, int: torch.int64, float: self.acc_dtype}
+        dtype = result.dtype if isinstance(result, Tensor) else numbers.get(type(result))
         shape = tuple(result.shape) if isinstance(result, Tensor) else ()
         wanted_bool = self.kind == "mask"
         if dtype is None or shape != () or (dtype == torch.bool) != wanted_bool or dtype.is_complex:
@@ -163,6 +163,8 @@ class _Recorder(TorchFunctionMode):
         of_tensors = not any(isinstance(x, (Value, Partial)) for x in leaves)
         mistakes.refuse(self.fn, self.kind, name, args, of_tensors)
         mistakes.refuse_state(self.fn, self.kind, func, args)
+        if of_tensors and (name == "__get__" or name in mistakes.METADATA):
+            self.kitchen.asked(func)
         if name in mistakes.METADATA or name == "__set__":
             return func(*args, **kwargs)
         if name == "new_tensor":
