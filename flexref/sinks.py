@@ -38,7 +38,12 @@ def checked_sink(sink: Any, query: Tensor) -> Tensor:
 
 def with_sink(output: Output, sink: Tensor) -> Output:
     """`output` of keys alone, as it is with `sink` (Hq, n) beside them; differentiable by both."""
-    out, lse = _WithSink.apply(output.out, output.lse, sink)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (output.out, output.lse, sink)):
+        out, lse = _WithSink.apply(output.out, output.lse, sink)
+    else:
+        distance, total = _distance(output.lse, sink)
+        # nobody else has seen this out
+        out, lse = output.out.mul_(torch.sigmoid(distance)[..., None]), torch.logaddexp(output.lse, total)
     highest = output.max_scores
     if highest is not None and sink.shape[1]:
         top = sink.detach().to(highest.dtype).amax(1)
@@ -50,13 +55,10 @@ def with_sink(output: Output, sink: Tensor) -> Output:
 class _WithSink(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out: Tensor, lse: Tensor, sink: Tensor):  # type: ignore[override]
-        total = sink.to(lse.dtype).logsumexp(1)
-        total = torch.where(total == _INF, torch.nan, total)
-        # both -inf: a row with nothing at all, whose distance is none
-        distance = torch.where((lse == -_INF) & (total == -_INF)[:, None], _INF, lse - total[:, None])
+        distance, total = _distance(lse, sink)
         ctx.save_for_backward(out, lse, sink, distance, total)
         ctx.set_materialize_grads(False)
-        return _scaled(out, torch.sigmoid(distance)), torch.logaddexp(lse, total[:, None])
+        return _scaled(out, torch.sigmoid(distance)), torch.logaddexp(lse, total)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):  # type: ignore[override]
@@ -65,6 +67,14 @@ class _WithSink(torch.autograd.Function):
         if torch.is_grad_enabled():
             return tuple(no_further(gradients, (*ctx.saved_tensors[:3], grad_out, grad_lse)))
         return gradients
+
+
+def _distance(lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the lse of the keys (B, H, L) is above that of the sinks, and the latter (H, 1)."""
+    total = sink.to(lse.dtype).logsumexp(1, keepdim=True)
+    total = torch.where(total == _INF, torch.nan, total)
+    # both -inf: a row with nothing at all, whose distance is none
+    return torch.where((lse == -_INF) & (total == -_INF), _INF, lse - total), total
 
 
 def _gradients(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -81,7 +91,7 @@ def _gradients(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[T
         d_lse = grad_lse * kept if d_lse is None else d_lse + grad_lse * kept
         d_total = d_total + grad_lse * lost
     if ctx.needs_input_grad[2]:
-        share = torch.exp(sink.to(total.dtype) - torch.where(total == -_INF, 0.0, total)[:, None])
+        share = torch.exp(sink.to(total.dtype) - torch.where(total == -_INF, 0.0, total))
         d_sink = (d_total.sum((0, 2))[:, None] * share).to(sink.dtype)
     return d_out, d_lse, d_sink
 
