@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 SINKS = "forward with a sink / without, causal"
 SINKS_BACK = "forward + backward with a sink / without, causal"
-PACKED = "varlen / one BlockMask of the same documents, forward"
+PACKED = "varlen / one BlockMask of the same documents in the same memory, forward"
+LAYOUT = "tokens before heads in memory / heads before tokens, forward"
 PADDED = "padded SDPA / varlen, forward"
 JAGGED = "jagged / varlen, forward"
-ASKED = {SINKS: 1.03, SINKS_BACK: 1.03, PACKED: 1.05, PADDED: 3.0, JAGGED: 1.05}
+ASKED = {SINKS: 1.03, SINKS_BACK: 1.03, PACKED: 1.05, LAYOUT: 1.05, PADDED: 3.0, JAGGED: 1.05}
 AT_LEAST = (PADDED,)
 
 
@@ -78,7 +79,12 @@ def _documents(bench: Bench) -> None:
     def varlen() -> torch.Tensor:
         return flexref.varlen_attention(tokens[0], tokens[1], tokens[2], offsets, backend=bench.backend)
 
+    by_head = [x.transpose(0, 1)[None] for x in tokens]
+
     def one_mask() -> torch.Tensor:
+        return flexref.flex_attention(by_head[0], by_head[1], by_head[2], block_mask=mask, backend=bench.backend)
+
+    def heads_first() -> torch.Tensor:
         return flexref.flex_attention(query, key, value, block_mask=mask, backend=bench.backend)
 
     longest = max(lengths)
@@ -102,5 +108,6 @@ def _documents(bench: Bench) -> None:
         if i == 2:
             break
     _timed(bench, PACKED, varlen, one_mask)
+    _timed(bench, LAYOUT, one_mask, heads_first)
     _timed(bench, PADDED, varlen, sdpa)
     _timed(bench, JAGGED, jagged, varlen)
