@@ -406,15 +406,29 @@ def test_it_is_there_without_its_import_and_costs_none():
     assert "flexref.visualize" in loaded and not any(name.startswith("matplotlib") for name in loaded)
 
 
-def test_the_docs_show_what_their_example_makes(tmp_path):
-    place = importlib.util.spec_from_file_location("example", ROOT / "examples" / "visualize.py")
+def loaded(name):
+    """An example, as a module."""
+    place = importlib.util.spec_from_file_location("example", ROOT / "examples" / f"{name}.py")
     assert place is not None and place.loader is not None
     example = importlib.util.module_from_spec(place)
     place.loader.exec_module(example)
+    return example
+
+
+def test_the_gallery_of_variants_shows_what_there_is():
+    gallery, page = loaded("variants_gallery"), (ROOT / "docs" / "variants.md").read_text()
+    figure = gallery.draw()
+    assert len(figure.axes) == len(gallery.MASKS) and "images/variants.png" in page
+    assert all(f"`{name.split('(')[0].split(' ')[0]}`" in page for name in gallery.MASKS)
+    assert 10_000 < gallery.PICTURE.stat().st_size < 60_000
+
+
+def test_the_docs_show_what_their_example_makes(tmp_path):
+    example = loaded("visualize")
     example.draw_mask(tmp_path)
     example.draw_call(tmp_path)
     page, images = (ROOT / "docs" / "visualize.md").read_text(), ROOT / "docs" / "images"
     made = sorted(path.name for path in tmp_path.iterdir())
-    assert made == sorted(path.name for path in images.iterdir()) and all(f"images/{name}" in page for name in made)
+    assert made == sorted(path.name for path in images.glob("*.svg")) and all(f"images/{name}" in page for name in made)
     assert all(path.stat().st_size < 100_000 for folder in (images, tmp_path) for path in folder.iterdir())
     assert all(f"    {line}\n" in page for line in str(example.long_mask().stats()).splitlines())
