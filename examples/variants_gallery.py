@@ -53,7 +53,8 @@ def draw() -> Figure:
     rows = -(-len(MASKS) // COLUMNS)
     figure = Figure(figsize=(1.65 * COLUMNS, 1.85 * rows), layout="constrained")
     for axes, (name, mask) in zip(figure.subplots(rows, COLUMNS).flat, MASKS.items(), strict=True):
-        axes.imshow(create_mask(mask, 1, 1, N, N, device="cpu")[0, 0], cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest")
+        allowed = create_mask(mask, 1, 1, N, N, device="cpu")[0, 0].numpy()
+        axes.imshow(allowed, cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest")
         axes.set_title(name, fontsize=7)
         axes.set_xticks([])
         axes.set_yticks([])
