@@ -58,6 +58,8 @@ def packed_call(query: Any, key: Any, value: Any, score_mod: Callable | None, bl
         raise ValueError(f"query has {len(q_offsets) - 1} sequences and key {len(kv_offsets) - 1}: they must be as many.")
 
     def check() -> None:
+        for name, offsets in (("query", q_offsets), ("key", kv_offsets)):
+            check_offsets(f"{name}.offsets()", offsets, name, named[name].values().shape[1])
         if not torch.equal(kv_offsets, value_offsets):
             raise ValueError("key and value must have sequences of the same lengths.")
 
@@ -66,9 +68,34 @@ def packed_call(query: Any, key: Any, value: Any, score_mod: Callable | None, bl
     at = kept_places(query.offsets(), key.offsets(), None, (query.values().shape[1], key.values().shape[1]), check)
     if mask_mod is not None or block_mask is None:
         mask_mod = Packed(mask_mod, at)
-    score_mod = score_mod and PackedScore(score_mod, at)
+    else:
+        _check_block_mask(block_mask, at)
+    score_mod = None if score_mod is None else PackedScore(score_mod, at)
     query, key, value = (x.values()[None] for x in named.values())
     return PackedCall(query, key, value, score_mod, mask_mod, named["query"].offsets())
+
+
+def _check_block_mask(block_mask: Any, at: Places) -> None:
+    """Raise ValueError for a block mask of other documents."""
+    mod = getattr(block_mask, "mask_mod", None)
+    if not isinstance(mod, Packed) or not all(map(torch.equal, mod.at, at)):
+        raise ValueError(
+            "block_mask is not one of create_nested_block_mask for sequences of these lengths: make it of these tensors, or pass "
+            "the mask_mod of one sequence as mask_mod."
+        )
+
+
+def check_offsets(name: str, offsets: Tensor, of: str, tokens: int) -> None:
+    """Raise ValueError unless they are running sums of lengths, from 0 to the tokens of `of`; waits for the device."""
+    found = offsets.tolist()
+    falls = next((i for i in range(1, len(found)) if found[i] < found[i - 1]), None)
+    if falls is not None:
+        step = f"{found[falls - 1]} to {found[falls]} at {falls}"
+        raise ValueError(f"{name} falls from {step}; it must be running sums of lengths.")
+    if found[0] != 0 or found[-1] != tokens:
+        raise ValueError(
+            f"{name} runs from {found[0]} to {found[-1]}; it must run from 0 to the number of tokens of {of}, {tokens}."
+        )
 
 
 def kept_places(

@@ -11,7 +11,7 @@ from torch import Tensor
 from flexref.arrays import shared_tensors
 from flexref.blocks.packed import ALIGNMENTS, Packed, PackedScore
 from flexref.dispatch.attention import AuxOutput, AuxRequest, flex_attention
-from flexref.dispatch.jagged import is_jagged, kept_places
+from flexref.dispatch.jagged import check_offsets, is_jagged, kept_places
 from flexref.tensor_gate import check_memory
 from flexref.uncompiled import uncompiled
 
@@ -127,7 +127,12 @@ def varlen_attention(
         counts = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
         raise ValueError(f"cu_seqlens_q has {counts[0]} documents and cu_seqlens_k {counts[1]}: they must be as many.")
     tokens = query.shape[0], key.shape[0]
-    at = kept_places(cu_seqlens_q, cu_seqlens_k, causal, tokens, lambda: [_check_numbers(*end) for end in ends])
+
+    def check() -> None:
+        for name, offsets, of, x in ends:
+            check_offsets(name, offsets, of, len(x))
+
+    at = kept_places(cu_seqlens_q, cu_seqlens_k, causal, tokens, check)
     by_head = [x.transpose(0, 1)[None] for x in (query, key, value)]
     result: Any = flex_attention(
         by_head[0],
@@ -164,16 +169,3 @@ def _check_tensor(name: str, offsets: Any, of: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have the shape (documents + 1,), got {tuple(offsets.shape)}.")
     if offsets.device != x.device:
         raise ValueError(f"{name} is on {offsets.device} but {of} on {x.device}; move it with .to({str(x.device)!r}).")
-
-
-def _check_numbers(name: str, offsets: Tensor, of: str, x: Tensor) -> None:
-    """Raise ValueError unless they are running sums of lengths, from 0 to the tokens of `x`; once for the same numbers."""
-    tokens, found = x.shape[0], offsets.tolist()
-    falls = next((i for i in range(1, len(found)) if found[i] < found[i - 1]), None)
-    if falls is not None:
-        step = f"{found[falls - 1]} to {found[falls]} at {falls}"
-        raise ValueError(f"{name} falls from {step}; it must be running sums of lengths.")
-    if found[0] != 0 or found[-1] != tokens:
-        raise ValueError(
-            f"{name} runs from {found[0]} to {found[-1]}; it must run from 0 to the number of tokens of {of}, {tokens}."
-        )

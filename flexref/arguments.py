@@ -13,6 +13,7 @@ from flexref.argument_shapes import check_block_mask, check_serves, check_shapes
 from flexref.arrays import shared_tensors
 from flexref.blocks.found import Found, find_mask, question
 from flexref.blocks.mask import BlockMask, mask_of_call, noop_mask
+from flexref.blocks.steps import StepWalk
 from flexref.contents import Contents
 from flexref.problem import ACC_DTYPE, Capture, Problem, Tensors
 from flexref.program.compiled import original
@@ -173,7 +174,8 @@ def _programs(
     """What an engine runs, and whether that was found in score_mod."""
     if block_mask is not None:
         check_block_mask(block_mask, query, key)
-        if mask is not None and block_mask._agrees:
+        # the lists of a step of decoding may name a block too many, and yet they are its mask_mod's
+        if mask is not None and (block_mask._agrees or isinstance(block_mask.walk, StepWalk)):
             check_serves(block_mask, mask.graph.uses, query.shape)
     elif score is not None and (sparse := _found(score, query, key)):
         return sparse, True

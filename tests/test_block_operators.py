@@ -166,6 +166,10 @@ def test_a_mask_for_one_head_whose_mod_reads_it_serves_no_several():
     x = torch.randn(1, 2, 16, 4)
     with pytest.raises(ValueError, match="block_mask was made with H=1, but its mask_mod reads h and query has 2"):
         flex_attention(x, x, x, block_mask=one)
+    with pytest.raises(ValueError, match="block_mask was made with H=1, but its mask_mod reads h and query has 2"):
+        flex_attention(x[:, :, :1], x, x, block_mask=one.rows(torch.tensor(5), length=1))
+    with pytest.raises(ValueError, match="was made with H=1"):
+        one.stats(heads=2)
     flex_attention(x[:, :1], x[:, :1], x[:, :1], block_mask=one)
     # a slice means its own head, for whoever asks
     head = create_block_mask(lambda b, h, q, k: (q >= k) & (k >= 8 * h), 1, 2, 16, 16, "cpu", 4)[:, 1]

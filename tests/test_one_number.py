@@ -200,6 +200,10 @@ REFUSED = {
         lambda s, b, h, i, j: s + caught(lambda: torch.outer(FLOAT, FLOAT)[i] * 2),
         "with 1 of its 2 indices",
     ),
+    "written by out=": (lambda s, b, h, i, j: s + torch.mul(FLOAT, 2.0, out=FLOAT)[j], "calls mul.. with out=, inplace="),
+    "written by inplace=": (lambda s, b, h, i, j: s + torch.nn.functional.relu(FLOAT, inplace=True)[j], "calls relu.. with out="),
+    "randperm": (lambda s, b, h, i, j: s + torch.randperm(N)[j], "cannot draw random numbers"),
+    "gumbel": (lambda s, b, h, i, j: s + torch.nn.functional.gumbel_softmax(FLOAT, 1.0)[j], "cannot draw random numbers"),
     "its gradient": (lambda s, b, h, i, j: s + GRADED.grad[j],  # type: ignore[index]
         "asks a captured tensor for grad"),
     "autocast": (lambda s, b, h, i, j: s + under_autocast(lambda: torch.outer(FLOAT, FLOAT) @ FLOAT)[j], "turns autocast on"),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexref import AuxRequest, create_nested_block_mask, explain, flex_attention, varlen_attention
+from flexref import AuxRequest, create_block_mask, create_nested_block_mask, explain, flex_attention, varlen_attention
 from flexref.backends.numba_cpu import cache
 from flexref.reference import einsum
 
@@ -127,8 +127,6 @@ def test_blocks_of_no_document_are_not_looked_at():
     query = packed(lengths, 1, dtype=torch.float32)
     note = str(explain(*(query.transpose(0, 1)[None],) * 3, mask_mod=_mask_of(lengths)))
     assert "mask_mod   kept" in note
-    from flexref import create_block_mask
-
     listed = create_block_mask(_mask_of(lengths), 1, 1, 1000, 1000, "cpu", 16).to_dense()[0, 0]
     ends = offsets(lengths)
     for row in range(len(listed)):
@@ -229,5 +227,25 @@ def test_jagged_tensors_that_do_not_fit():
     ):
         with pytest.raises(error, match=says):
             flex_attention(*inputs)
+    turned = create_nested_block_mask(MASKS["odd"], 1, 1, jagged((3, 5)).transpose(1, 2))
+    for mask in (turned, create_block_mask(MASKS["odd"], 1, 1, 8, 8, "cpu")):
+        with pytest.raises(ValueError, match="not one of create_nested_block_mask for sequences of these lengths"):
+            flex_attention(query, query, query, block_mask=mask)
+    for offsets_, says in (([0, 3, 99], "runs from 0 to 99"), ([2, 5, 8], "runs from 2"), ([0, 5, 3, 8], "falls from 5 to 3")):
+        wrong = torch.nested.nested_tensor_from_jagged(torch.randn(8, 2, 4), torch.tensor(offsets_)).transpose(1, 2)
+        with pytest.raises(ValueError, match=rf"query.offsets\(\) {says}"):
+            flex_attention(wrong, wrong, wrong)
     with pytest.raises(TypeError, match="pass them to flex_attention"):
         varlen_attention(query, query, query, GOOD)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_score_mod_that_is_false_is_one():
+    class Empty(torch.nn.ModuleList):
+        def forward(self, score, b, h, q_idx, kv_idx):
+            return score + b * kv_idx
+
+    query = jagged((5, 7)).transpose(1, 2)
+    mod = Empty()
+    want = flex_attention(query, query, query, lambda *x: mod(*x))
+    assert torch.equal(flex_attention(query, query, query, mod).values(), want.values())

@@ -49,6 +49,11 @@ class _OfDocuments(CallableMod):
         self.mod = mod
         self.document, self.q_start, self.kv_start, self.kv_stop = at
 
+    @property
+    def at(self) -> Places:
+        """Where the documents are."""
+        return Places(self.document, self.q_start, self.kv_start, self.kv_stop)
+
     def local(self, q_idx: Any, kv_idx: Any) -> tuple[Any, Any, Any]:
         """(b, q_idx, kv_idx) of the document; a key that is not its own has a place that there is, for there it may be read."""
         # no mod is told about a document without keys, but the least place is 0

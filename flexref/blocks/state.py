@@ -225,6 +225,8 @@ class _Context:
 
 
 def _flatten(mask: BlockState) -> tuple[list, _Context]:
+    if mask._leaves is None:
+        mask.check_lists()
     return list(mask.runs if mask._leaves is None else mask._leaves), _Context(mask)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexref.blocks.algebra import check_serves
 from flexref.blocks.counts import allowed_in, block_numbers, separated
 from flexref.blocks.inputs import checked_size
 from flexref.blocks.lists import Grid, Lists
@@ -115,7 +116,9 @@ def stats_of(
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     B, H = _of_call("batch", batch, grid.B), _of_call("heads", heads, grid.H)
     Hkv = H if kv_heads is None else checked_size("kv_heads", kv_heads, 1)
-    if H % Hkv:
+    if mask._agrees:
+        check_serves(mask.mask_mod, grid, grid._replace(B=B, H=H))
+    if H % max(Hkv, 1):
         raise ValueError(f"kv_heads must divide the {H} heads of the query, got {Hkv}")
     # a mask of one batch or head serves each of the call's
     times = B // grid.B * (H // grid.H) if grid.B and grid.H else 0

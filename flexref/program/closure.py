@@ -241,7 +241,8 @@ class _Walk(ObjectState):
     def attribute(self, x: Any, attributes: list[str], depth: int) -> Any:
         """x.a.b as far as x, x.a ... are modules; an object is looked at whole."""
         for name in attributes:
-            if not isinstance(x, types.ModuleType):
+            # of a class of its own, it may have properties
+            if type(x) is not types.ModuleType:
                 break
             if name not in vars(x):
                 raise NotUnderstood(f"the module {x.__name__} makes {name} when it is asked")

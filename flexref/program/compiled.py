@@ -25,7 +25,8 @@ def _inner(mod: Any) -> Any:
     if "torch._dynamo" not in sys.modules:
         return None
     if isinstance(mod, sys.modules["torch._dynamo"].OptimizedModule):
-        return mod._orig_mod
+        # hooks of the wrapper itself are not the module's
+        return None if mod._forward_hooks or mod._forward_pre_hooks else mod._orig_mod
     if isinstance(mod, FunctionType) and mod.__globals__.get("__name__", "").startswith("torch._dynamo"):
         return vars(mod).get("_torchdynamo_orig_callable")
     return None

@@ -25,7 +25,7 @@ _DECISIONS = frozenset(
 )
 _RANDOM = frozenset(
     """rand rand_like randn randn_like randint randint_like bernoulli dropout normal multinomial poisson
-    feature_dropout alpha_dropout""".split()
+    feature_dropout alpha_dropout randperm rrelu gumbel_softmax dropout1d dropout2d dropout3d feature_alpha_dropout""".split()
 )
 _REDUCTIONS = frozenset(
     """sum mean prod amax amin aminmax argmax argmin softmax log_softmax cumsum cumprod sort topk any all logsumexp
@@ -72,9 +72,12 @@ def refuse(fn: Callable, kind: str, name: str, args: tuple, of_tensors: bool) ->
         )
 
 
-def refuse_state(fn: Callable, kind: str, func: Callable, args: tuple) -> None:
+def refuse_state(fn: Callable, kind: str, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise TraceError for what is no matter of numbers: what earlier steps left behind, their bits, autocast."""
     name = getattr(func, "__name__", "")
+    if kwargs.get("out") is not None or kwargs.get("inplace") or kwargs.get("max_norm") is not None:
+        what = f"calls {name}() with out=, inplace= or max_norm="
+        raise _broken(fn, kind, "mutation", what, "use what it returns without them")
     if name == "view" and any(isinstance(x, torch.dtype) for x in args):
         raise _broken(fn, kind, "one_float", "calls view(dtype), which reads bits", "call it before and capture the result")
     if name == "__get__" and getattr(func, "__self__", None) is Tensor.grad:

@@ -93,7 +93,9 @@ class ObjectState:
             code = function.__code__ if type(function) is types.FunctionType else None
             # what a dataclass generates compares and prints
             generated = made_by_dataclass and code is not None and code.co_filename == "<string>" and name not in _MAKES
-            shallow = code is not None and (name in seldom or generated)
+            # what a closure holds may be another for each method of one code
+            alike = code is not None and set(code.co_freevars) <= {"__class__"}
+            shallow = generated or name in seldom and (alike or made_by_dataclass)
             parts.append((name, code if shallow else self.visit(member, depth)))
         return parts
 

@@ -162,7 +162,7 @@ class _Recorder(TorchFunctionMode):
         leaves = list(flatten((args, tuple(kwargs.values()))))
         of_tensors = not any(isinstance(x, (Value, Partial)) for x in leaves)
         mistakes.refuse(self.fn, self.kind, name, args, of_tensors)
-        mistakes.refuse_state(self.fn, self.kind, func, args)
+        mistakes.refuse_state(self.fn, self.kind, func, args, kwargs)
         if of_tensors and (name == "__get__" or name in mistakes.METADATA):
             self.kitchen.asked(func)
         if name in mistakes.METADATA or name == "__set__":
