@@ -212,3 +212,14 @@ def test_what_is_no_offset(offset, error, says):
         mask.shift(offset)
     with pytest.raises(error, match=says.replace("q_offset", "kv_offset")):
         mask.shift(0, offset)
+
+
+def test_what_is_asked_of_a_mask_changes_nothing_about_it():
+    mod = lambda b, h, q, k: (q >= k) & (k < 16 * (4 - h))  # noqa: E731
+    made = create_block_mask(mod, 1, 1, 64, 64, "cpu", 16)
+    columns = made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices
+    by_hand = BlockMask.from_kv_blocks(*columns, BLOCK_SIZE=16, mask_mod=mod, seq_lengths=(64, 64))
+    x = torch.randn(1, 2, 64, 4)
+    first = flex_attention(x, x, x, block_mask=by_hand)
+    by_hand.shift(1, 0)
+    assert by_hand == ~~by_hand and torch.equal(flex_attention(x, x, x, block_mask=by_hand), first)

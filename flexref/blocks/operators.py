@@ -133,7 +133,8 @@ class BlockOperators(TorchForm):
 
     def _agreeing(self) -> Self:
         """Self if lists and mask_mod allow the same, else a mask that has its lists in its mask_mod."""
-        if not self._agrees:
+        # how a mask was made stays what it was, whatever turned out about it
+        if not self._agrees and "_same" not in vars(self):
             in_mod: Self | None = self._in_mod
             if in_mod is None and algebra.disagreement(self._lists, self.mask_mod, self.grid, self.device):
                 mod = algebra.listed_mod(self._lists, self.mask_mod, self.grid)
@@ -141,7 +142,7 @@ class BlockOperators(TorchForm):
             if in_mod is not None:
                 vars(self)["_in_mod"] = in_mod
                 return in_mod
-            vars(self)["_agrees"] = True
+            vars(self)["_same"] = True
         return self
 
     @uncompiled
