@@ -16,7 +16,7 @@ from flexref.backend import find_backends, said
 from flexref.blocks.mask import BlockMask
 from flexref.dispatch.choose import Choice, choose, refusal
 from flexref.dispatch.explanation import Explanation, explained
-from flexref.dispatch.jagged import is_jagged, packed_call
+from flexref.dispatch.jagged import PackedCall, is_jagged, packed_call
 from flexref.dispatch.options import checked_options, wanted_backend
 from flexref.problem import Problem, Tensors
 from flexref.recent import Recent
@@ -168,8 +168,7 @@ def flex_attention(
         raise ValueError("return_lse and return_aux are both given; use return_aux=AuxRequest(lse=True) alone.")
     lse, max_scores = _wanted_aux(return_aux)
     settings = scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic, max_scores
-    packed = packed_call(query, key, value, score_mod, block_mask, mask_mod) if is_jagged(query, key, value) else None
-    problem, tensors, wanted = _prepared(packed, query, key, value, score_mod, block_mask, *settings)
+    problem, tensors, wanted, packed = _prepared(query, key, value, score_mod, block_mask, *settings)
     name = _choice(problem, wanted).name
     if name is None:
         raise refusal(problem, _choice(problem, wanted))
@@ -205,8 +204,7 @@ def explain(
     """
     _, max_scores = _wanted_aux(return_aux)
     settings = scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic, max_scores
-    packed = packed_call(query, key, value, score_mod, block_mask, mask_mod) if is_jagged(query, key, value) else None
-    problem, tensors, wanted = _prepared(packed, query, key, value, score_mod, block_mask, *settings)
+    problem, tensors, wanted, _ = _prepared(query, key, value, score_mod, block_mask, *settings)
     return explained(problem, tensors, _choice(problem, wanted), kernel_options)
 
 
@@ -219,10 +217,13 @@ def _wanted_aux(request) -> tuple[bool, bool]:
 
 
 def _prepared(
-    packed, query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options,
-    mask_mod, sink, backend, deterministic, max_scores,
-) -> tuple[Problem, Tensors, str]:
-    if packed is not None:
+    query, key, value, score_mod, block_mask, scale, enable_gqa, kernel_options, mask_mod, sink, backend, deterministic,
+    max_scores,
+) -> tuple[Problem, Tensors, str, PackedCall | None]:
+    """What an engine is given, the engine that is asked for, and how jagged tensors were packed."""
+    packed = None
+    if is_jagged(query, key, value):
+        packed = packed_call(query, key, value, score_mod, block_mask, mask_mod)
         query, key, value, score_mod, mask_mod, _ = packed
     wanted = wanted_backend(backend, kernel_options, os.environ)
     options = checked_options(kernel_options, find_backends()) if kernel_options else None
@@ -238,8 +239,8 @@ def _prepared(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         query, key, value = (_autocast(x, device) for x in (query, key, value))
         with torch.autocast(device, enabled=False):
-            return *prepare(query, key, value, score_mod, block_mask, scale, enable_gqa, **arguments), wanted
-    return *prepare(query, key, value, score_mod, block_mask, scale, enable_gqa, **arguments), wanted
+            return *prepare(query, key, value, score_mod, block_mask, scale, enable_gqa, **arguments), wanted, packed
+    return *prepare(query, key, value, score_mod, block_mask, scale, enable_gqa, **arguments), wanted, packed
 
 
 def _autocast(x, device: str):

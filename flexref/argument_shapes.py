@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexref.blocks.inputs import unserved
+
 NAMES = ("query", "key", "value")
 # which of query, key and value may have been handed in as (B, L, H, D), the most likely first
 _TURNS = ((1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 1, 0), (0, 0, 1))
@@ -102,9 +104,9 @@ def check_block_mask(block_mask: Any, query: Tensor, key: Tensor) -> None:
 
 def check_serves(block_mask: Any, reads: Callable[[str], bool], query: Sequence[int]) -> None:
     """Raise ValueError where the blocks of batch or head 0 are to be those of all, and mask_mod would say otherwise."""
-    for name, index, have, want in (("B", "b", block_mask.B, query[0]), ("H", "h", block_mask.H, query[1])):
-        if have == 1 < want and reads(index):
-            raise ValueError(
-                f"block_mask was made with {name}=1, but its mask_mod reads {index} and query has {want}; "
-                f"make it with {name}={want}."
-            )
+    wrong = unserved(reads, block_mask.shape, query)
+    if wrong is not None:
+        name, index, want = wrong
+        raise ValueError(
+            f"block_mask was made with {name}=1, but its mask_mod reads {index} and query has {want}; make it with {name}={want}."
+        )

@@ -16,15 +16,17 @@ _NARROW = frozenset({torch.int8, torch.int16, torch.int32, torch.uint8, torch.ui
 _STEPS = ("floor_divide", "__floordiv__", "__rfloordiv__", "heaviside")
 # what PyTorch calls the numbers among a function's arguments
 _NUMBERS = ("input", "other", "self", "exponent", "end", "weight", "values")
-_STATIC = frozenset(
-    """__get__ size dim numel stride ndimension nelement __len__ is_floating_point is_complex is_signed element_size
-    storage_offset is_contiguous get_device""".split()
+# functions by which a tensor is asked for its shape, its type and where it lies
+METADATA = frozenset(
+    """size dim numel stride ndimension nelement __len__ is_floating_point is_complex storage_offset is_contiguous
+    element_size get_device""".split()
 )
 
 
 def asks_what_it_is(func: Callable) -> bool:
     """Whether a function asks a tensor what it is, such as its dtype, or for a view: of the user's own tensor."""
-    return getattr(func, "__name__", "") in _STATIC
+    name = getattr(func, "__name__", "")
+    return name in METADATA or name in ("__get__", "is_signed")
 
 
 @contextmanager

@@ -34,7 +34,7 @@ BELOW = {
     "contents": "",
     "cache_folder": "interrupts",
     "arrays": "tensor_gate",
-    "argument_shapes": "",
+    "argument_shapes": "blocks",
     "program": "errors interrupts one_float recent tensor_gate",
     "blocks": "errors interrupts one_float recent program tensor_gate uncompiled",
     "variants": "errors program blocks",

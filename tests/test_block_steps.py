@@ -1,7 +1,7 @@
 """rows(): steps of decoding, by a number or by a tensor that nobody waits for."""
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
@@ -141,15 +141,10 @@ def no_wait():
         raise AssertionError("the host reads what is on the device")
 
     names = "item tolist numpy cpu nonzero __int__ __bool__ __index__ __float__ __array__".split()
-    patches = [mock.patch.object(Tensor, name, waits) for name in names]
-    with NoNumbers():
-        for patch in patches:
-            patch.start()
-        try:
-            yield
-        finally:
-            for patch in patches:
-                patch.stop()
+    with NoNumbers(), ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(Tensor, name, waits))
+        yield
 
 
 @pytest.mark.parametrize("mod", (masks.causal, heads_differ))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexref.blocks.build import Decider, build
+from flexref.blocks.inputs import unserved
 from flexref.blocks.lists import (
     FULL,
     PARTIAL,
@@ -41,12 +42,13 @@ def common_grid(a: Grid, b: Grid) -> Grid:
 
 def check_serves(mod: Callable, grid: Grid, wanted: Grid) -> None:
     """Raise ValueError where a mask for one batch or head, which mask_mod asks about, is to serve several."""
-    for name, index, have, want in (("B", "b", grid.B, wanted.B), ("H", "h", grid.H, wanted.H)):
-        if have == 1 < want and _reads(mod, index):
-            raise ValueError(
-                f"the BlockMask was made with {name}=1, but its mask_mod {name_of(mod)} reads {index} and would say something "
-                f"else for {name}={want}: make it with {name}={want}"
-            )
+    wrong = unserved(lambda index: _reads(mod, index), grid, wanted)
+    if wrong is not None:
+        name, index, want = wrong
+        raise ValueError(
+            f"the BlockMask was made with {name}=1, but its mask_mod {name_of(mod)} reads {index} and would say something "
+            f"else for {name}={want}: make it with {name}={want}"
+        )
 
 
 def _reads(mod: Callable, index: str) -> bool:

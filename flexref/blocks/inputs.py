@@ -1,6 +1,8 @@
 """Checks what users pass to make a BlockMask, so that what is below may trust it."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,15 @@ def check_offset(name: str, offset: object) -> None:
             raise TypeError(f"{name} must be an integer, or a 0-d integer tensor, got {got}")
     elif abs(checked_index(name, offset)) >= 1 << 62:
         raise ValueError(f"{name} must fit into 62 bits, got {offset}")
+
+
+def unserved(reads: Callable[[str], bool], have: Sequence[int], want: Sequence[int]) -> tuple[str, str, int] | None:
+    """Where a mask for (B, H) is to serve others of which mask_mod would say something else: "B" or "H", the index that it reads,
+    and for how many."""
+    for name, index, own, others in zip("BH", "bh", have, want, strict=False):
+        if own == 1 < others and reads(index):
+            return name, index, others
+    return None
 
 
 def checked_lengths(lengths: object) -> tuple[int, int]:

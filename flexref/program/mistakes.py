@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from flexref.errors import TraceError
+from flexref.one_float import METADATA
 from flexref.program.mod_objects import signature_of
 from flexref.program.places import definition, label, name_of, trace_lines, user_line
 
-METADATA = frozenset(
-    """size dim numel stride ndimension nelement __len__ is_floating_point is_complex storage_offset is_contiguous
-    element_size get_device""".split()
-)
 _STATIC = frozenset(
     """ndim itemsize nbytes requires_grad is_leaf is_cpu is_cuda is_meta is_sparse is_nested is_quantized is_signed()
     is_same_size() is_tensor() name""".split()

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from flexref.errors import TraceError
 from flexref.interrupts import of_a_signal
+from flexref.one_float import METADATA
 from flexref.program import mistakes, own_backward, places
 from flexref.program.builder import Builder, Ref, type_of
 from flexref.program.closure import Leaves
@@ -163,9 +164,9 @@ class _Recorder(TorchFunctionMode):
         of_tensors = not any(isinstance(x, (Value, Partial)) for x in leaves)
         mistakes.refuse(self.fn, self.kind, name, args, of_tensors)
         mistakes.refuse_state(self.fn, self.kind, func, args, kwargs)
-        if of_tensors and (name == "__get__" or name in mistakes.METADATA):
+        if of_tensors and (name == "__get__" or name in METADATA):
             self.kitchen.asked(func)
-        if name in mistakes.METADATA or name == "__set__":
+        if name in METADATA or name == "__set__":
             return func(*args, **kwargs)
         if name == "new_tensor":
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype), device="cpu")
