@@ -1,7 +1,7 @@
 """What the variants' arguments are checked for; an error names the argument and what it was."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,22 +31,22 @@ def number(name: str, x: float) -> float:
 
 def integers(name: str, x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """An integer tensor of one of these numbers of dimensions."""
-    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS or x.dim() not in dims:
-        raise TypeError(f"{name} must be an integer tensor of {_either(dims)} dimensions, got {kind(x)}")
-    return x
+    return _tensor(name, x, dims, "an integer", lambda dtype: dtype in _INTEGERS)
 
 
 def bools(name: str, x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """A bool tensor of one of these numbers of dimensions."""
-    if not isinstance(x, Tensor) or x.dtype != torch.bool or x.dim() not in dims:
-        raise TypeError(f"{name} must be a bool tensor of {_either(dims)} dimensions, got {kind(x)}")
-    return x
+    return _tensor(name, x, dims, "a bool", lambda dtype: dtype == torch.bool)
 
 
 def floats(name: str, x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """A float tensor of one of these numbers of dimensions."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() not in dims:
-        raise TypeError(f"{name} must be a float tensor of {_either(dims)} dimensions, got {kind(x)}")
+    return _tensor(name, x, dims, "a float", lambda dtype: dtype.is_floating_point)
+
+
+def _tensor(name: str, x: Tensor, dims: tuple[int, ...], what: str, fits: Callable[[torch.dtype], bool]) -> Tensor:
+    if not isinstance(x, Tensor) or not fits(x.dtype) or x.dim() not in dims:
+        raise TypeError(f"{name} must be {what} tensor of {_either(dims)} dimensions, got {kind(x)}")
     return x
 
 
